@@ -1,0 +1,159 @@
+"""Every error aiomm raises on purpose, and whose fault each one is.
+
+::
+
+    AiommError
+    ├── PeerLost              the other process died, or stopped answering
+    ├── TransferTimeout       a deadline passed
+    ├── Cancelled             somebody on either side gave the request up
+    ├── IncompatibleSchema    the two sides, or the tensors and the schema, disagree
+    ├── Rejected              the peer (or this side) refuses the request; says why
+    ├── PlaneUnavailable      no data plane works between the two processes
+    ├── ProtocolError         a peer broke the protocol
+    └── PoolClosed            this endpoint is closed or closing
+
+Across the wire an error is a :class:`Failure`: a :class:`Reason` and a sentence.
+:func:`error_from` is the one place where it becomes an exception again.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar, NamedTuple
+
+__all__ = [
+    "AiommError",
+    "Cancelled",
+    "Failure",
+    "IncompatibleSchema",
+    "PeerLost",
+    "PlaneUnavailable",
+    "PoolClosed",
+    "ProtocolError",
+    "Reason",
+    "Rejected",
+    "TransferTimeout",
+    "error_from",
+]
+
+
+class Reason(StrEnum):
+    """Why a transfer failed, as it travels in control frames."""
+
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+    PEER_LOST = "peer_lost"
+    SCHEMA = "schema"
+    REJECTED = "rejected"
+    BUSY = "busy"
+    PLANE = "plane"
+    PROTOCOL = "protocol"
+    CLOSED = "closed"
+
+
+class Failure(NamedTuple):
+    """A failure as data: what the protocol core carries instead of an exception."""
+
+    reason: Reason
+    message: str
+
+
+class AiommError(Exception):
+    """Root of everything aiomm raises on purpose.
+
+    Args:
+        message: what happened, in lower case, with the values that matter.
+        story: the last things that happened to the transfer, oldest first.
+    """
+
+    reason: ClassVar[Reason] = Reason.PROTOCOL
+    retryable: bool = False
+    """Whether the same call may succeed later without any change."""
+
+    def __init__(self, message: str, *, story: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.story = story
+
+    def __str__(self) -> str:
+        if not self.story:
+            return self.message
+        return f"{self.message} (story: {'; '.join(self.story)})"
+
+
+class PeerLost(AiommError):
+    """The other process died, closed, or stopped answering in the middle of a transfer."""
+
+    reason = Reason.PEER_LOST
+    retryable = True
+
+
+class TransferTimeout(AiommError, TimeoutError):
+    """The deadline of a request passed before it was done."""
+
+    reason = Reason.TIMEOUT
+    retryable = True
+
+
+class Cancelled(AiommError):
+    """The request was given up: by this side, by the peer, or by an exception in the encoder."""
+
+    reason = Reason.CANCELLED
+
+
+class IncompatibleSchema(AiommError, ValueError):
+    """Schemas differ between the sides, or tensors do not match the schema."""
+
+    reason = Reason.SCHEMA
+
+
+class Rejected(AiommError):
+    """A request was refused: unknown, duplicate, oversize, or (retryable) over a limit."""
+
+    reason = Reason.REJECTED
+
+    def __init__(
+        self, message: str, *, retryable: bool = False, story: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, story=story)
+        self.retryable = retryable
+
+
+class PlaneUnavailable(AiommError):
+    """A data plane cannot be used here, or failed while it was writing."""
+
+    reason = Reason.PLANE
+
+
+class ProtocolError(AiommError):
+    """A peer sent something that the protocol does not allow."""
+
+    reason = Reason.PROTOCOL
+
+
+class PoolClosed(AiommError):
+    """The endpoint was closed, here or at the peer."""
+
+    reason = Reason.CLOSED
+
+
+_BY_REASON: dict[Reason, type[AiommError]] = {
+    cls.reason: cls
+    for cls in (
+        PeerLost,
+        TransferTimeout,
+        Cancelled,
+        IncompatibleSchema,
+        Rejected,
+        PlaneUnavailable,
+        ProtocolError,
+        PoolClosed,
+    )
+}
+
+
+def error_from(failure: Failure, *, story: tuple[str, ...] = ()) -> AiommError:
+    """Return the exception that stands for `failure`."""
+    if failure.reason is Reason.BUSY:
+        return Rejected(failure.message, retryable=True, story=story)
+    return _BY_REASON[failure.reason](failure.message, story=story)

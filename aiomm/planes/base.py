@@ -1,0 +1,125 @@
+"""The seam of the data planes: what a plane must do, and nothing of how.
+
+A receiver *exports* its arena over a plane and puts the resulting offer into its Hello. A
+sender *attaches* to the offer and from then on *writes* rows of its tensors to byte offsets
+of the arena. Attaching must fail with :class:`~aiomm.errors.PlaneUnavailable` rather than
+guess; the caller tries the next plane.
+
+To write a plane of your own, subclass the three classes here, pass an instance in
+`planes=[...]`, or register the class under the entry-point group `aiomm.planes`.
+`tests/planes/contract.py` holds the tests that every plane passes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+from ..buffers.arena import Arena
+from ..buffers.layout import ByteRange
+from ..buffers.tensors import TokenRows
+
+__all__ = ["Export", "GrantKey", "Plane", "RemoteArena", "Run"]
+
+MAX_OFFER_NBYTES = 1024
+
+
+class GrantKey(NamedTuple):
+    """Names one grant: whose, which transfer of theirs, which chunk of it."""
+
+    peer: int
+    """Epoch of the sender that was granted the extents."""
+    generation: int
+    sequence: int
+
+
+class Run(NamedTuple):
+    """One piece of a write: `count` rows from `first` on, to the arena's bytes from `offset` on."""
+
+    rows: TokenRows
+    first: int
+    count: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the run."""
+        return self.count * self.rows.row_nbytes
+
+
+class Export(ABC):
+    """Receiver's side: one arena, open to peers over one plane."""
+
+    @abstractmethod
+    def offer(self, peer: int) -> bytes:
+        """Return what the sender with epoch `peer` needs to attach, at most 1024 bytes.
+
+        The offer may hold a secret of this peer's own; it travels in the Hello only.
+        """
+
+    def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
+        """Let writes under `grant` touch `ranges`. A plane that cannot check has nothing to do."""
+
+    def revoke(self, grant: GrantKey) -> bool:
+        """Withdraw `grant`; return True if from now on no byte of it can land.
+
+        False, the default, means that only the sender's word or its death can tell.
+        """
+        return False
+
+    def forget(self, peer: int) -> None:
+        """Drop what is kept for the sender with epoch `peer`; it is gone for good."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Stop exporting. Idempotent."""
+
+
+class RemoteArena(ABC):
+    """Sender's side: a receiver's arena, reached over one plane."""
+
+    @abstractmethod
+    async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
+        """Copy `runs` into the arena; return once the receiver can read every byte.
+
+        The caller never cancels it (rule 8). After an error bytes may still land until
+        :meth:`quiesce` has returned. The loop is never held for more than 5 ms.
+
+        Raises:
+            PlaneUnavailable: the write failed, and why.
+        """
+
+    async def quiesce(self) -> None:
+        """Return once no byte of any failed write can land any more."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Detach. Running writes are finished or failed first. Idempotent."""
+
+
+class Plane(ABC):
+    """A way bytes move between two processes."""
+
+    name: ClassVar[str]
+    """The name on the wire, in settings and in stats, such as `"shm"`."""
+
+    def unusable(self) -> str | None:
+        """Say why this machine cannot use the plane at all, or None if it may be tried."""
+        return None
+
+    @abstractmethod
+    async def export(self, arena: Arena) -> Export:
+        """Open `arena` to peers.
+
+        Raises:
+            PlaneUnavailable: this arena cannot be exported over this plane, and why.
+        """
+
+    @abstractmethod
+    async def attach(self, offer: bytes) -> RemoteArena:
+        """Reach the arena behind `offer`.
+
+        Raises:
+            PlaneUnavailable: it cannot be reached from this process, and why.
+        """
