@@ -130,11 +130,14 @@ class Schema(Mapping[str, Field]):
         return f"Schema({', '.join(f'{name}={field}' for name, field in self._fields.items())})"
 
 
+_Count = Annotated[int, Meta(ge=0, le=2**48)]
+
+
 class Extent(NamedTuple):
     """A run of adjacent tokens in the pool: `[start, stop)`."""
 
-    start: int
-    stop: int
+    start: _Count
+    stop: _Count
 
     @property
     def num_tokens(self) -> int:
@@ -162,6 +165,16 @@ class Allocation:
         """First token of the first extent (`min(block_indices) * block_size`); 0 if empty."""
         return self.extents[0].start if self.extents else 0
 
+    def tail(self, num_tokens: int) -> tuple[Extent, ...]:
+        """Return what remains of `extents` behind the first `num_tokens` tokens."""
+        rest: list[Extent] = []
+        skip = num_tokens
+        for start, stop in self.extents:
+            if stop - start > skip:
+                rest.append(Extent(start + skip, stop))
+            skip = max(0, skip - (stop - start))
+        return tuple(rest)
+
 
 class TransferId(NamedTuple):
     """One attempt to move a request's tensors.
@@ -170,8 +183,8 @@ class TransferId(NamedTuple):
     frame of an earlier attempt at the same request is recognised.
     """
 
-    request_id: str
-    generation: int
+    request_id: Annotated[str, Meta(min_length=1, max_length=MAX_REQUEST_ID)]
+    generation: Annotated[int, Meta(ge=1, le=2**62)]
 
     def __str__(self) -> str:
         return f"{self.request_id}#{self.generation}"

@@ -1,0 +1,222 @@
+"""The link with one incarnation of one peer: each frame once and in order, over a lossy channel.
+
+The channel below may lose, repeat, delay and reorder packets, and may change (from ZeroMQ to
+a same-host stream and back) at any time. A session numbers the frames that matter, sends them
+again until they are acknowledged, and hands each one up once, in order. Acknowledgements ride
+on every packet; alone they travel only when nothing else does for a while.
+
+Both epochs stand in every packet. A packet that addresses another life of this process, or
+comes from another life of the peer, never reaches a session.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from .frames import PROTOCOL_VERSION, Ack, Frame, Hello, Packet, Ping, Pong, encode
+
+__all__ = ["Session", "Timing"]
+
+MAX_EARLY_FRAMES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How a session keeps time, in seconds."""
+
+    resend_first: float = 0.2
+    """Until an unanswered frame is sent again; doubles each time, up to `resend_last`."""
+    resend_last: float = 2.0
+    acknowledge: float = 0.025
+    """How long an acknowledgement waits for a packet to ride on."""
+    ping: float = 1.0
+    """Silence after which a busy session asks for a sign of life."""
+    peer_timeout: float = 15.0
+    """Silence after which the peer counts as lost. Encoders hold their loop for seconds."""
+
+
+class Session:
+    """Reliable, ordered frames to and from one peer.
+
+    Feed it packets and frames, then take :meth:`packets`; call again at :meth:`next_deadline`.
+
+    Args:
+        local_epoch: this endpoint's life.
+        hello: this endpoint's Hello to that peer.
+        peer_epoch: the peer's life; 0 while this side speaks first and does not know it.
+        path: how to reach the peer; opaque here.
+    """
+
+    def __init__(
+        self,
+        local_epoch: int,
+        hello: Hello,
+        *,
+        peer_epoch: int,
+        path: object,
+        now: float,
+        timing: Timing,
+    ) -> None:
+        self.local_epoch = local_epoch
+        self.peer_epoch = peer_epoch
+        self.hello = hello
+        self.peer_hello: Hello | None = None
+        self.path = path
+        self.is_busy = False
+        """Somebody waits for this peer: ask for signs of life, and notice when none come."""
+        self.ignored = 0
+        """Packets that were repeated, or too early to keep."""
+        self._timing = timing
+        self._last_heard = now
+        self._sent = 0
+        self._delivered = 0
+        self._unacknowledged: deque[tuple[int, Frame]] = deque()
+        self._unsent = 0
+        """How many of the last of `_unacknowledged` were never handed to the channel."""
+        self._early: dict[int, Frame] = {}
+        self._outbox: list[Frame] = []
+        self._resend_after = timing.resend_first
+        self._resend_at: float | None = None
+        self._acknowledge_at: float | None = None
+        self._ping_at: float | None = None
+        if peer_epoch == 0:
+            self._greet(now)
+
+    @property
+    def is_established(self) -> bool:
+        """The peer's Hello has arrived."""
+        return self.peer_hello is not None
+
+    def send(self, frame: Frame) -> None:
+        """Queue a frame that has to arrive."""
+        self._sent += 1
+        self._unacknowledged.append((self._sent, frame))
+        self._unsent += 1
+
+    def say(self, frame: Frame) -> None:
+        """Queue a frame that may be lost: Hello, Ping, Pong, Ack, and a last Goodbye."""
+        self._outbox.append(frame)
+
+    def receive(self, packet: Packet, now: float) -> list[Frame]:
+        """Take a packet of this peer's; return the frames that are new and in order."""
+        if now >= self._last_heard:
+            self._last_heard = now
+        self._ping_at = None
+        self._settle(packet.acknowledged, now)
+        frame = packet.frame
+        if packet.sequence == 0:
+            return self._unsequenced(frame)
+        if self._acknowledge_at is None:
+            self._acknowledge_at = now + self._timing.acknowledge
+        if packet.sequence <= self._delivered or packet.sequence in self._early:
+            self.ignored += 1
+            return []
+        if packet.sequence > self._delivered + MAX_EARLY_FRAMES:
+            self.ignored += 1
+            return []
+        self._early[packet.sequence] = frame
+        return self._in_order()
+
+    def packets(self, now: float) -> list[bytes]:
+        """Return what has to be handed to the channel now."""
+        chosen = [self._packet(0, frame) for frame in self._outbox]
+        self._outbox.clear()
+        if not self.is_established:
+            if self._resend_at is not None and self._resend_at <= now and self.peer_epoch == 0:
+                self._greet(now)
+                chosen += [self._packet(0, frame) for frame in self._outbox]
+                self._outbox.clear()
+        else:
+            chosen += self._sequenced(now)
+        if self._acknowledge_at is not None and (chosen or self._acknowledge_at <= now):
+            self._acknowledge_at = None
+            chosen = chosen or [self._packet(0, Ack())]
+        if self._ping_is_due(now):
+            chosen.append(self._packet(0, Ping()))
+            self._ping_at = now
+        return [encode(packet) for packet in chosen]
+
+    def next_deadline(self) -> float | None:
+        """Return when :meth:`packets` or :meth:`is_silent` has to be asked again."""
+        deadlines = [self._resend_at, self._acknowledge_at]
+        if self._waits_for_peer():
+            deadlines.append((self._ping_at or self._last_heard) + self._timing.ping)
+            deadlines.append(self._last_heard + self._timing.peer_timeout)
+        return min((at for at in deadlines if at is not None), default=None)
+
+    def is_silent(self, now: float) -> bool:
+        """Somebody waits, and the peer has said nothing for too long."""
+        return self._waits_for_peer() and now >= self._last_heard + self._timing.peer_timeout
+
+    def begin_waiting(self, now: float) -> None:
+        """Start the clock of silence: from now on somebody waits for this peer."""
+        if not self._waits_for_peer():
+            self._last_heard = now
+        self.is_busy = True
+
+    def _waits_for_peer(self) -> bool:
+        return self.is_established and (self.is_busy or bool(self._unacknowledged))
+
+    def _ping_is_due(self, now: float) -> bool:
+        return (
+            self.is_busy
+            and self.is_established
+            and now >= (self._ping_at or self._last_heard) + self._timing.ping
+        )
+
+    def _greet(self, now: float) -> None:
+        self._outbox.append(self.hello)
+        self._back_off(now)
+
+    def _unsequenced(self, frame: Frame) -> list[Frame]:
+        match frame:
+            case Ack() | Pong():
+                return []
+            case Ping():
+                self.say(Pong())
+                return []
+            case _:
+                return [frame]
+
+    def _in_order(self) -> list[Frame]:
+        ready = []
+        while (frame := self._early.pop(self._delivered + 1, None)) is not None:
+            self._delivered += 1
+            ready.append(frame)
+        return ready
+
+    def _settle(self, acknowledged: int, now: float) -> None:
+        """Drop what the peer has acknowledged, and let the rest wait afresh."""
+        pending = len(self._unacknowledged) - self._unsent
+        settled = 0
+        while settled < pending and self._unacknowledged[0][0] <= acknowledged:
+            self._unacknowledged.popleft()
+            settled += 1
+        if settled:
+            self._resend_after = self._timing.resend_first
+            self._resend_at = now + self._resend_after if settled < pending else None
+
+    def _sequenced(self, now: float) -> list[Packet]:
+        """The frames that were never sent; all of them again if the peer has not answered."""
+        if self._resend_at is not None and self._resend_at <= now:
+            fresh = list(self._unacknowledged)
+            self._back_off(now)
+        else:
+            first = len(self._unacknowledged) - self._unsent
+            fresh = [self._unacknowledged[index] for index in range(first, first + self._unsent)]
+        self._unsent = 0
+        if fresh and self._resend_at is None:
+            self._resend_at = now + self._resend_after
+        elif not self._unacknowledged:
+            self._resend_at = None
+        return [self._packet(sequence, frame) for sequence, frame in fresh]
+
+    def _back_off(self, now: float) -> None:
+        self._resend_at = now + self._resend_after
+        self._resend_after = min(2 * self._resend_after, self._timing.resend_last)
+
+    def _packet(self, sequence: int, frame: Frame) -> Packet:
+        return Packet(
+            PROTOCOL_VERSION, self.local_epoch, self.peer_epoch, sequence, self._delivered, frame
+        )
