@@ -1,0 +1,50 @@
+# Everything runs from .venv, which `make setup` builds from constraints.txt; every target sets up
+# first when it must. pip's own settings (PIP_INDEX_URL and the like) are respected. On Linux x86-64
+# the public index ships torch with CUDA; where pip also sees an index with the CPU build of the
+# same version, it takes that one, and either is right.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+EXTRAS := uvloop,aiozmq,cli,vision
+PHOTO  ?= $(VENV)/lib/python3.*/site-packages/matplotlib/mpl-data/sample_data/grace_hopper.jpg
+PYTEST ?= $(BIN)/python -m pytest
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+.PHONY: setup demo test check bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "aiomm needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(VENV) has a Python older than 3.11; remove it and run make again" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable '.[$(EXTRAS)]'
+	touch $(READY)
+
+demo: setup
+	$(BIN)/aiomm demo --image $(PHOTO)
+
+test: setup
+	$(PYTEST)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST)
+
+bench: setup
+	$(BIN)/python -m benchmarks.latency
+
+clean:
+	rm -rf $(VENV) build dist htmlcov .coverage* .hypothesis .import_linter_cache .mypy_cache \
+		.pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
