@@ -1,0 +1,147 @@
+"""Where a ZeroMQ channel may bind and connect: `tcp://host:port` and `ipc://path`."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+__all__ = ["Address", "IpcAddress", "TcpAddress", "parse_address", "require_allowed"]
+
+_MAX_IPC_PATH_NBYTES = 107  # sizeof(sockaddr_un.sun_path) less the closing zero
+_ANY_HOSTS = frozenset({"*", "0.0.0.0", "::"})
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """A TCP host and port."""
+
+    host: str
+    """Host name or address, without the brackets of IPv6."""
+
+    port: int
+    """0 to bind any free port."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only processes of this host can be meant."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a host name; what it resolves to may change, so it does not count
+            return False
+
+    @property
+    def is_any(self) -> bool:
+        """Whether the address stands for every interface of the host."""
+        return self.host in _ANY_HOSTS
+
+    @property
+    def is_ipv6(self) -> bool:
+        """Whether the host is an IPv6 address."""
+        return ":" in self.host
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if self.is_ipv6 else self.host
+        return f"tcp://{host}:{self.port}"
+
+    def endpoint(self) -> str:
+        """Return the spelling that ZeroMQ takes: it does not bind to `localhost`."""
+        if self.host == "localhost":
+            return f"tcp://127.0.0.1:{self.port}"
+        return str(self)
+
+    def reachable(self, port: int) -> TcpAddress:
+        """Return where others reach a socket bound here that was given `port`."""
+        host = _own_host(socket.AF_INET6 if self.is_ipv6 else socket.AF_INET)
+        return TcpAddress(host if self.is_any else self.host, port)
+
+
+@dataclass(frozen=True, slots=True)
+class IpcAddress:
+    """A Unix socket in the file system."""
+
+    path: Path
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only processes of this host can be meant: always."""
+        return True
+
+    def __str__(self) -> str:
+        return f"ipc://{self.path}"
+
+    def endpoint(self) -> str:
+        """Return the spelling that ZeroMQ takes."""
+        return str(self)
+
+
+Address: TypeAlias = TcpAddress | IpcAddress
+
+
+def parse_address(address: str) -> Address:
+    """Read an address.
+
+    Raises:
+        ValueError: it is neither `tcp://host:port` nor `ipc://path`.
+    """
+    scheme, separator, rest = address.partition("://")
+    if separator and scheme == "tcp":
+        return _parse_tcp(address, rest)
+    if separator and scheme == "ipc":
+        return _parse_ipc(address, rest)
+    message = f"an address is tcp://host:port or ipc://path, not {address!r}"
+    raise ValueError(message)
+
+
+def require_allowed(address: Address, *, insecure: bool) -> None:
+    """Raise ValueError if `address` leaves this host and nobody said that this is meant."""
+    if insecure or address.is_loopback:
+        return
+    message = (
+        f"{address} is not a loopback address, and whoever reaches it could talk to this process: "
+        "use 127.0.0.1, [::1] or ipc://, or pass insecure=True on a network you trust"
+    )
+    raise ValueError(message)
+
+
+def _parse_tcp(address: str, rest: str) -> TcpAddress:
+    host, _, port_text = rest.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    port = 0 if port_text == "*" else _port(port_text)
+    strange = not host or any(letter.isspace() or letter in "/;[]" for letter in host)
+    if port is None or strange or (":" in host) != bracketed:
+        message = f"a TCP address is tcp://host:port, not {address!r}"
+        raise ValueError(message)
+    return TcpAddress(host, port)
+
+
+def _port(text: str) -> int | None:
+    if text.isascii() and text.isdigit() and int(text) < 2**16:
+        return int(text)
+    return None
+
+
+def _parse_ipc(address: str, rest: str) -> IpcAddress:
+    if not rest or rest[0] in "@*" or "\0" in rest:
+        message = f"an ipc address names a file in a private directory, not {address!r}"
+        raise ValueError(message)
+    if len(rest.encode()) > _MAX_IPC_PATH_NBYTES:
+        message = f"the path of an ipc address has at most {_MAX_IPC_PATH_NBYTES} bytes: {address}"
+        raise ValueError(message)
+    return IpcAddress(Path(rest))
+
+
+def _own_host(family: socket.AddressFamily) -> str:
+    """Return the address this host uses towards others; a UDP `connect` sends nothing."""
+    elsewhere = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"  # documentation nets
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((elsewhere, 9))
+        except OSError:  # no route to anywhere: the name is the best there is
+            return socket.gethostname()
+        return str(probe.getsockname()[0])

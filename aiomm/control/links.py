@@ -1,0 +1,395 @@
+"""What the two kinds of ZeroMQ socket of a channel do: one ROUTER, and a DEALER per connection.
+
+::
+
+    connect()            bind
+    DEALER  <--------->  ROUTER      one DEALER has one peer, one ROUTER has many
+
+A link owns one socket, its monitor and the queues of its peers. ZeroMQ does not say which peer
+of a ROUTER is gone, only that some connection ended; the ROUTER link then sends every peer an
+empty message, which costs nothing and which every intake ignores: for a peer that is gone,
+ZeroMQ refuses it (EHOSTUNREACH).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import zmq
+
+from aiomm.control.base import MAX_PACKET_NBYTES
+from aiomm.control.delivery import Delivery
+from aiomm.control.event_socket import EventMonitor, Intake, Pump
+
+__all__ = ["DealerLink", "Limits", "Link", "PumpFactory", "RouterLink", "ZmqPeer"]
+
+_logger = logging.getLogger("aiomm.control")
+
+PumpFactory = Callable[[asyncio.AbstractEventLoop, "zmq.Socket[bytes]", Intake], Pump]
+"""Makes the pump of a socket: :class:`EventSocket`, or one built on another library."""
+
+_FAREWELL_MS = 200
+"""How long a closed link may still send what was handed over before, such as a goodbye."""
+
+_PROBE_DELAYS = (0.001, 0.004, 0.016, 0.064)
+"""When to look again for the peer whose connection ended, in seconds. The monitor's event and
+the end of the peer's pipe come from ZeroMQ's own thread on different ways, the event first."""
+
+_RETRY_DELAY = 0.01
+"""When to try a backlog again without a wake-up, in seconds. ZeroMQ wakes us when there is room,
+but a read under way may swallow that wake-up, and for a ROUTER's peer there is nothing to ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a peer that does not read may pile up here."""
+
+    queue_packets: int = 256
+    """ZeroMQ's high-water mark, per peer and direction."""
+
+    backlog_nbytes: int = 1024 * 1024
+    """Bytes waiting beyond that, per peer; past it packets are dropped."""
+
+    peers: int = 4096
+    """Peers that may connect to a bound channel; packets of further ones are dropped."""
+
+
+class ZmqPeer:
+    """One peer of a ZeroMQ channel. Opaque to everybody else."""
+
+    __slots__ = ("_limit_nbytes", "backlog", "backlog_nbytes", "identity", "is_alive", "link")
+
+    def __init__(self, link: Link, identity: bytes, limit_nbytes: int) -> None:
+        self.link = link
+        self.identity = identity
+        self.is_alive = True
+        self.backlog: deque[bytes] = deque()
+        self.backlog_nbytes = 0
+        self._limit_nbytes = limit_nbytes
+
+    def __repr__(self) -> str:
+        return f"<peer {self.identity!r}>"
+
+    def keep(self, packet: bytes) -> bool:
+        """Put `packet` into the backlog; return False if it is full."""
+        if self.backlog_nbytes + len(packet) > self._limit_nbytes:
+            return False
+        self.backlog.append(packet)
+        self.backlog_nbytes += len(packet)
+        return True
+
+    def drop_oldest(self) -> None:
+        """Take the oldest packet out of the backlog."""
+        self.backlog_nbytes -= len(self.backlog.popleft())
+
+    def end(self) -> None:
+        """Send and deliver nothing more."""
+        self.is_alive = False
+        self.backlog.clear()
+        self.backlog_nbytes = 0
+
+
+class Link(ABC):
+    """One ZeroMQ socket of a channel."""
+
+    SOCKET_TYPE: ClassVar[int]
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: zmq.Context[zmq.Socket[bytes]],
+        delivery: Delivery,
+        limits: Limits,
+    ) -> None:
+        self._loop = loop
+        self._delivery = delivery
+        self._limits = limits
+        self._pump: Pump | None = None
+        self._monitor: EventMonitor | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._blocked: set[ZmqPeer] = set()
+        self.socket: zmq.Socket[bytes] = context.socket(self.SOCKET_TYPE)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_NBYTES)
+        self.socket.setsockopt(zmq.SNDHWM, limits.queue_packets)
+        self.socket.setsockopt(zmq.RCVHWM, limits.queue_packets)
+
+    def begin(self, pump_factory: PumpFactory) -> None:
+        """Deliver from now on."""
+        self._monitor = EventMonitor(self._loop, self.socket, self.connection_changed)
+        self._pump = pump_factory(self._loop, self.socket, self)
+
+    def send(self, peer: ZmqPeer, packet: bytes) -> bool:
+        """Send `packet`, or keep it for later; return False if it is dropped."""
+        if peer.backlog:  # it must not overtake
+            return peer.keep(packet)
+        try:
+            self._write(peer, packet)
+        except zmq.Again:
+            self._blocked.add(peer)
+            self._arm_retry()
+            return peer.keep(packet)
+        except zmq.ZMQError as error:
+            self.failed(peer, error)
+            return False
+        return True
+
+    def turn_began(self) -> None:
+        """Send of every backlog what fits now, each peer on its own."""
+        if not self._blocked:
+            return
+        self.socket.getsockopt(zmq.EVENTS)  # has ZeroMQ take note of the room its thread made
+        for peer in tuple(self._blocked):
+            if self._flush(peer):
+                self._blocked.discard(peer)
+
+    def look(self) -> None:
+        """Have `emptied` called once everything that arrived is delivered."""
+        if self._pump is not None:
+            self._pump.look()
+
+    def close(self) -> None:
+        """Close the socket. What ZeroMQ has taken may still leave within a bound."""
+        if self._retry is not None:
+            self._retry.cancel()
+        if self._monitor is not None:
+            self._monitor.close()
+        if self._pump is not None:
+            self._pump.close(self.linger_ms)
+        else:
+            self.socket.close(linger=0)
+
+    @property
+    def linger_ms(self) -> int:
+        """How long what was handed over may take to leave."""
+        return _FAREWELL_MS
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the socket is closed."""
+        return self.socket.closed
+
+    def _arm_retry(self) -> None:
+        if self._retry is None and not self.socket.closed:
+            self._retry = self._loop.call_later(_RETRY_DELAY, self._retry_backlogs)
+
+    def _retry_backlogs(self) -> None:
+        self._retry = None
+        self.turn_began()
+        if self._blocked:
+            self._arm_retry()
+
+    def _flush(self, peer: ZmqPeer) -> bool:
+        """Send of one backlog what fits; return whether nothing is left to try."""
+        try:
+            while peer.backlog:
+                self._write(peer, peer.backlog[0])
+                peer.drop_oldest()
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            self.failed(peer, error)
+        return True
+
+    def _write(self, peer: ZmqPeer, packet: bytes) -> None:
+        if self._pump is None:
+            raise zmq.Again
+        self._pump.send(self.frames(peer, packet))
+
+    @abstractmethod
+    def frames(self, peer: ZmqPeer, packet: bytes) -> list[bytes]:
+        """Return the message that brings `packet` to `peer`."""
+
+    @abstractmethod
+    def failed(self, peer: ZmqPeer, error: zmq.ZMQError) -> None:
+        """Note that a packet to `peer` cannot be sent at all."""
+
+    @abstractmethod
+    def forget(self, peer: ZmqPeer) -> None:
+        """Deliver nothing of `peer` any more."""
+
+    @abstractmethod
+    def connection_changed(self, event: int) -> None:
+        """Take one event of the socket's monitor."""
+
+    @abstractmethod
+    def message_received(self, frames: list[bytes]) -> None:
+        """Take one whole message."""
+
+    @abstractmethod
+    def emptied(self) -> None:
+        """Report the peers that are gone, now that all they sent is delivered."""
+
+
+class DealerLink(Link):
+    """The connection that one `connect` began."""
+
+    SOCKET_TYPE = zmq.DEALER
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: zmq.Context[zmq.Socket[bytes]],
+        delivery: Delivery,
+        limits: Limits,
+        identity: bytes,
+    ) -> None:
+        super().__init__(loop, context, delivery, limits)
+        self.peer = ZmqPeer(self, identity, limits.backlog_nbytes)
+        self._is_connected = False
+        self._has_ended = False
+        self.socket.setsockopt(zmq.IDENTITY, identity)
+
+    @property
+    def linger_ms(self) -> int:
+        """Nothing can leave while nobody is there: do not wait for it."""
+        return _FAREWELL_MS if self._is_connected and not self._has_ended else 0
+
+    def frames(self, peer: ZmqPeer, packet: bytes) -> list[bytes]:
+        """A packet is the whole message."""
+        return [packet]
+
+    def failed(self, peer: ZmqPeer, error: zmq.ZMQError) -> None:
+        """Only a closing context makes a DEALER fail."""
+        _logger.warning("x cannot send to %s: %s", peer, error)
+
+    def forget(self, peer: ZmqPeer) -> None:
+        """Close the connection with its peer."""
+        peer.end()
+        self._blocked.clear()
+        self.close()
+
+    def connection_changed(self, event: int) -> None:
+        """A connection that stood and ended is a loss; before that ZeroMQ just tries again."""
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._is_connected = True
+        elif event == zmq.EVENT_DISCONNECTED and self._is_connected:
+            self._has_ended = True
+            self.look()
+
+    def message_received(self, frames: list[bytes]) -> None:
+        """Deliver a packet; ignore probes and what is not one frame."""
+        if len(frames) == 1 and frames[0] and self.peer.is_alive:
+            self._delivery.packet(self.peer, frames[0])
+
+    def emptied(self) -> None:
+        """Report the loss once. ZeroMQ would connect again, to whoever listens there by then."""
+        if self._has_ended and self.peer.is_alive:
+            self.forget(self.peer)
+            self._delivery.lost(self.peer, "the connection ended")
+
+
+class RouterLink(Link):
+    """The socket that listens, with all peers that connected to it."""
+
+    SOCKET_TYPE = zmq.ROUTER
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: zmq.Context[zmq.Socket[bytes]],
+        delivery: Delivery,
+        limits: Limits,
+    ) -> None:
+        super().__init__(loop, context, delivery, limits)
+        # Forgotten peers stay here, silenced, until their connection ends.
+        self._peers: dict[bytes, ZmqPeer] = {}
+        self._gone: list[ZmqPeer] = []
+        self._next_probes: list[asyncio.TimerHandle] = []
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+
+    def close(self) -> None:
+        """Close the socket and forget every peer."""
+        self._cancel_probes()
+        for peer in self._peers.values():
+            peer.end()
+        self._peers.clear()
+        self._blocked.clear()
+        self._gone.clear()
+        super().close()
+
+    def frames(self, peer: ZmqPeer, packet: bytes) -> list[bytes]:
+        """The identity says to whom."""
+        return [peer.identity, packet]
+
+    def failed(self, peer: ZmqPeer, error: zmq.ZMQError) -> None:
+        """A peer that ZeroMQ no longer knows is gone, but what it sent comes first."""
+        if error.errno == errno.EHOSTUNREACH:
+            self._set_gone(peer)
+        else:
+            _logger.warning("x cannot send to %s: %s", peer, error)
+
+    def forget(self, peer: ZmqPeer) -> None:
+        """Silence `peer`. A ROUTER cannot end a single connection."""
+        peer.end()
+        self._blocked.discard(peer)
+
+    def connection_changed(self, event: int) -> None:
+        """Find out whose connection ended."""
+        if event == zmq.EVENT_DISCONNECTED and self._peers:
+            self._cancel_probes()
+            self._probe()
+            self._next_probes = [self._loop.call_later(s, self._probe) for s in _PROBE_DELAYS]
+
+    def message_received(self, frames: list[bytes]) -> None:
+        """Deliver a packet of a known or new peer; refuse whatever is not identity and packet."""
+        if len(frames) != 2 or not frames[1]:
+            _logger.debug("x %d frames of %r refused", len(frames), frames[0])
+            return
+        identity, packet = frames
+        peer = self._peers.get(identity) or self._welcome(identity)
+        if peer is not None and peer.is_alive:
+            self._delivery.packet(peer, packet)
+
+    def emptied(self) -> None:
+        """Report the peers that are gone."""
+        gone, self._gone = self._gone, []
+        for peer in gone:
+            if self._peers.get(peer.identity) is peer:
+                del self._peers[peer.identity]
+            if peer.is_alive:
+                self.forget(peer)
+                self._delivery.lost(peer, "the connection ended")
+
+    def _welcome(self, identity: bytes) -> ZmqPeer | None:
+        if len(self._peers) >= self._limits.peers:
+            _logger.warning("x %r refused: there are %d peers", identity, len(self._peers))
+            return None
+        peer = ZmqPeer(self, identity, self._limits.backlog_nbytes)
+        self._peers[identity] = peer
+        return peer
+
+    def _probe(self) -> None:
+        for peer in tuple(self._peers.values()):
+            if not self.reaches(peer):
+                self._set_gone(peer)
+
+    def reaches(self, peer: ZmqPeer) -> bool:
+        """Return whether the connection of `peer` stands, by an empty message to it."""
+        try:
+            self.socket.send_multipart([peer.identity, b""], zmq.NOBLOCK)
+        except zmq.Again:  # full, so it stands
+            return True
+        except zmq.ZMQError as error:
+            return error.errno != errno.EHOSTUNREACH
+        finally:
+            self.look()
+        return True
+
+    def _set_gone(self, peer: ZmqPeer) -> None:
+        if peer not in self._gone:
+            self._gone.append(peer)
+        self.look()
+
+    def _cancel_probes(self) -> None:
+        for probe in self._next_probes:
+            probe.cancel()
+        self._next_probes.clear()

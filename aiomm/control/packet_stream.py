@@ -1,0 +1,171 @@
+"""Packets over one connected stream socket: four bytes of length, then the packet.
+
+The loop only tells readiness; reading and writing are plain calls on the socket. So the first
+packet of a turn is in the kernel before `write` returns, and those that follow in the same turn
+travel together in one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import socket
+import struct
+import termios
+from typing import Protocol
+
+from aiomm.control.base import MAX_PACKET_NBYTES
+
+__all__ = ["PacketStream", "StreamIntake"]
+
+_LENGTH = struct.Struct("<I")
+_FIRST_BUFFER_NBYTES = 16 * 1024
+_FULL_BUFFER_NBYTES = _LENGTH.size + MAX_PACKET_NBYTES
+_INT = struct.Struct("i")
+
+
+class StreamIntake(Protocol):
+    """What a stream calls. None of these may raise."""
+
+    def packet_received(self, packet: bytes) -> None:
+        """Take one whole packet."""
+
+    def stream_ended(self, cause: str) -> None:
+        """Learn, once, that the stream ended other than by `close`."""
+
+
+class PacketStream:
+    """One connected, non-blocking stream socket, which it owns."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        connection: socket.socket,
+        intake: StreamIntake,
+        *,
+        limit_nbytes: int,
+    ) -> None:
+        self._loop = loop
+        self._connection = connection
+        self._intake = intake
+        self._limit_nbytes = limit_nbytes
+        # Grows once, when a peer sends more than small packets: there may be many quiet peers.
+        self._buffer = bytearray(_FIRST_BUFFER_NBYTES)
+        self._filled = 0
+        self._outgoing = bytearray()
+        self._flush_due: asyncio.Handle | None = None
+        self._waits_for_room = False
+        self._closed = False
+        loop.add_reader(connection.fileno(), self._read)
+
+    def write(self, packet: bytes) -> bool:
+        """Send `packet` now or soon; return False if too much waits, or the stream has ended."""
+        if self._closed:
+            return False
+        frame = _LENGTH.pack(len(packet)) + packet
+        if self._flush_due is not None or self._waits_for_room:
+            if len(self._outgoing) + len(frame) > self._limit_nbytes:
+                return False
+            self._outgoing += frame
+            return True
+        self._flush_due = self._loop.call_soon(self._flush)
+        sent = self._send(frame)
+        if sent < len(frame):
+            self._outgoing += frame[sent:]
+        return not self._closed
+
+    def unread_nbytes(self) -> int:
+        """Return how many bytes have arrived and are not read yet."""
+        if self._closed:
+            return 0
+        raw = fcntl.ioctl(self._connection.fileno(), termios.FIONREAD, bytes(_INT.size))
+        return int(_INT.unpack(raw)[0])
+
+    def close(self) -> None:
+        """Send what can be sent without waiting, and close. Idempotent; calls nothing back."""
+        if self._closed:
+            return
+        if self._outgoing:
+            self._send(self._outgoing)
+        self._stop()
+
+    def _read(self) -> None:
+        try:
+            received = self._connection.recv_into(memoryview(self._buffer)[self._filled :])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._end(f"the connection broke: {error}")
+            return
+        if received == 0:
+            self._end("the peer closed the connection")
+            return
+        self._filled += received
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Hand over the whole packets of the buffer, and move the rest to its front."""
+        start = 0
+        while self._filled - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_PACKET_NBYTES:
+                self._end(f"it announced a packet of {length} bytes")
+                return
+            end = start + _LENGTH.size + length
+            if end > self._filled:
+                break
+            if length:
+                self._intake.packet_received(bytes(self._buffer[start + _LENGTH.size : end]))
+            if self._closed:  # by what the packet led to
+                return
+            start = end
+        self._keep_rest(start)
+
+    def _keep_rest(self, start: int) -> None:
+        if start:
+            rest = self._buffer[start : self._filled]
+            self._filled = len(rest)
+            self._buffer[: self._filled] = rest
+        elif self._filled == len(self._buffer):
+            self._buffer += bytes(_FULL_BUFFER_NBYTES - self._filled)
+
+    def _flush(self) -> None:
+        self._flush_due = None
+        if self._closed:
+            return
+        if self._outgoing:
+            del self._outgoing[: self._send(self._outgoing)]
+        self._wait_for_room(bool(self._outgoing))
+
+    def _wait_for_room(self, waits: bool) -> None:
+        if waits is self._waits_for_room or self._closed:
+            return
+        self._waits_for_room = waits
+        if waits:
+            self._loop.add_writer(self._connection.fileno(), self._flush)
+        else:
+            self._loop.remove_writer(self._connection.fileno())
+
+    def _send(self, octets: bytes | bytearray) -> int:
+        """Give the kernel what it takes; return how much that was."""
+        try:
+            return self._connection.send(octets)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError:
+            # The reading side learns the same from the kernel, after what is still to be read.
+            return len(octets)
+
+    def _end(self, cause: str) -> None:
+        self._stop()
+        self._intake.stream_ended(cause)
+
+    def _stop(self) -> None:
+        self._closed = True
+        if self._flush_due is not None:
+            self._flush_due.cancel()
+        descriptor = self._connection.fileno()
+        self._loop.remove_reader(descriptor)
+        self._loop.remove_writer(descriptor)
+        self._outgoing.clear()
+        self._connection.close()

@@ -1,0 +1,231 @@
+"""The control channel over ZeroMQ: TCP and `ipc://`, either side first, any number of peers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import uuid
+from typing import ClassVar
+
+import zmq
+
+from aiomm.control.address import Address, IpcAddress, TcpAddress, parse_address, require_allowed
+from aiomm.control.base import Channel, Handler, Peer, check_packet
+from aiomm.control.delivery import Delivery
+from aiomm.control.event_socket import EventSocket
+from aiomm.control.links import DealerLink, Limits, Link, PumpFactory, RouterLink, ZmqPeer
+from aiomm.control.private_path import PathClaim
+from aiomm.errors import PoolClosed
+
+__all__ = ["Limits", "ZmqChannel"]
+
+_MAX_NAME_NBYTES = 200
+_MAX_SOCKETS = 16 * 1024
+_HEARTBEAT_INTERVAL_MS = 100
+_HEARTBEAT_TIMEOUT_MS = 300
+
+
+class ZmqChannel(Channel):
+    """A ROUTER where peers connect to this endpoint, and a DEALER for each peer it connects to.
+
+    A peer that connected is known from its first packet on. The loss of a peer shows as the end
+    of its connection; off this host also as 300 ms without an answer of its ZeroMQ thread. A
+    process that is stopped or hangs on this host is not noticed here: the session's own pings
+    are for that.
+
+    Args:
+        bind: `tcp://host:port` (port 0 or `*`: any free one), `ipc://path` (in a directory of
+            this user alone, made if missing), or None not to listen.
+        insecure: allow addresses off this host, where anybody who reaches them can talk.
+        name: the readable half of the identity, for logs.
+        limits: what a peer that does not read may pile up.
+
+    Raises:
+        ValueError: the address is malformed, or leaves this host without `insecure`.
+    """
+
+    shows_disconnect: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        bind: str | None,
+        *,
+        insecure: bool = False,
+        name: str,
+        limits: Limits | None = None,
+    ) -> None:
+        if not 0 < len(name.encode()) <= _MAX_NAME_NBYTES or name[0] == "\0":
+            message = f"a name has 1 to {_MAX_NAME_NBYTES} bytes, not {name!r}"
+            raise ValueError(message)
+        self._bind = None if bind is None else parse_address(bind)
+        if self._bind is not None:
+            require_allowed(self._bind, insecure=insecure)
+        self._name = name
+        self._insecure = insecure
+        self._limits = limits or Limits()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._delivery: Delivery | None = None
+        self._links: set[Link] = set()
+        self._claim: PathClaim | None = None
+        self._is_closed = False
+        self._terminated: asyncio.Future[None] | None = None
+
+    async def start(self, handler: Handler) -> None:
+        """Bind, if an address was given, and begin to deliver."""
+        if self._loop is not None or self._is_closed:
+            message = "a channel starts once"
+            raise RuntimeError(message)
+        self._loop = asyncio.get_running_loop()
+        self._delivery = Delivery(self, handler)
+        if self._bind is None:
+            return
+        try:
+            await self._listen(self._bind)
+        except zmq.ZMQError as error:
+            await self.aclose()
+            raise OSError(error.errno, error.strerror, str(self._bind)) from error
+        except OSError:
+            await self.aclose()
+            raise
+
+    def connect(self, address: str) -> Peer:
+        """Begin to connect to `address`; wait for a listener there as long as it takes."""
+        loop, context, delivery = self._running()
+        parsed = parse_address(address)
+        require_allowed(parsed, insecure=self._insecure)
+        identity = f"{self._name}:{uuid.uuid4().hex}".encode()
+        link = DealerLink(loop, context, delivery, self._limits, identity)
+        _set_transport_options(link, parsed)
+        link.begin(self.pump_factory)
+        try:
+            link.socket.connect(parsed.endpoint())
+        except zmq.ZMQError as error:
+            link.close()
+            message = f"ZeroMQ does not connect to {address}: {error}"
+            raise ValueError(message) from error
+        self._links = {other for other in self._links if not other.is_closed} | {link}
+        return link.peer
+
+    def send(self, peer: Peer, packet: bytes) -> bool:
+        """Hand one packet to `peer`'s queue without ever blocking."""
+        check_packet(packet)
+        if self._is_closed or not isinstance(peer, ZmqPeer) or not peer.is_alive:
+            return False
+        return peer.link.send(peer, packet)
+
+    def disconnect(self, peer: Peer) -> None:
+        """Forget `peer`. If it connected to us, its connection stays, but nothing of it counts."""
+        if isinstance(peer, ZmqPeer) and not self._is_closed:
+            peer.link.forget(peer)
+
+    async def aclose(self) -> None:
+        """Close everything; a quarter of a second at most, for what was handed over to leave."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._close_links()
+        if self._terminated is not None:
+            await asyncio.shield(self._terminated)
+
+    @property
+    def pump_factory(self) -> PumpFactory:
+        """What drives the sockets of this channel."""
+        return EventSocket
+
+    def make_router(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: zmq.Context[zmq.Socket[bytes]],
+        delivery: Delivery,
+    ) -> RouterLink:
+        """Return the link that listens, not bound yet."""
+        return RouterLink(loop, context, delivery, self._limits)
+
+    async def _listen(self, bind: Address) -> None:
+        if isinstance(bind, IpcAddress):
+            self._claim = PathClaim(bind.path)
+        elif not bind.is_any:
+            # ZeroMQ binds to addresses only, and would look names up in its own thread.
+            bind = await _resolved(bind)
+        loop, context, delivery = self._running()
+        link = self.make_router(loop, context, delivery)
+        self._links.add(link)
+        _set_transport_options(link, bind)
+        link.begin(self.pump_factory)
+        link.socket.bind(bind.endpoint())
+        self.address = _real_address(link, bind)
+
+    def _running(
+        self,
+    ) -> tuple[asyncio.AbstractEventLoop, zmq.Context[zmq.Socket[bytes]], Delivery]:
+        if self._is_closed:
+            message = "the control channel is closed"
+            raise PoolClosed(message)
+        if self._loop is None or self._delivery is None:
+            message = "the control channel has not been started"
+            raise RuntimeError(message)
+        if self._context is None:
+            self._context = zmq.Context()
+            self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+        return self._loop, self._context, self._delivery
+
+    def _close_links(self) -> None:
+        for link in self._links:
+            link.close()
+        self._links.clear()
+        if self._claim is not None:
+            self._claim.release()
+        if self._context is not None and self._loop is not None:
+            self._terminated = _terminate(self._context, self._loop)
+
+
+def _set_transport_options(link: Link, address: Address) -> None:
+    """Options that depend on where the peers are."""
+    socket = link.socket
+    if isinstance(address, IpcAddress):
+        socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
+        return
+    if address.is_ipv6:
+        socket.setsockopt(zmq.IPV6, 1)
+    if not address.is_loopback:
+        socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_INTERVAL_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_TIMEOUT_MS)
+
+
+async def _resolved(address: TcpAddress) -> TcpAddress:
+    found = await asyncio.get_running_loop().getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM
+    )
+    return TcpAddress(str(found[0][4][0]), address.port)
+
+
+def _real_address(link: Link, bind: Address) -> str:
+    if isinstance(bind, IpcAddress):
+        return str(bind)
+    endpoint = str(link.socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+    return str(bind.reachable(int(endpoint.rpartition(":")[2])))
+
+
+def _terminate(
+    context: zmq.Context[zmq.Socket[bytes]], loop: asyncio.AbstractEventLoop
+) -> asyncio.Future[None]:
+    """End the context beside the loop: it blocks until closed sockets have sent their last."""
+    done: asyncio.Future[None] = loop.create_future()
+
+    def run() -> None:
+        context.term()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(finish)
+
+    def finish() -> None:
+        thread.join()
+        if not done.done():
+            done.set_result(None)
+
+    thread = threading.Thread(target=run, name="aiomm-zmq-close", daemon=True)
+    thread.start()
+    return done
