@@ -30,6 +30,7 @@ __all__ = [
     "Reserve",
     "ReserveRest",
     "SendFrame",
+    "Serve",
     "TransferCommand",
     "Transmit",
     "Unreserve",
@@ -100,10 +101,9 @@ class Unreserve:
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """Receiver: let the sender with epoch `peer` write these extents under this grant."""
+    """Receiver: let the sender of `transfer` write these extents under this grant."""
 
     number: int
-    peer: int
     transfer: TransferId
     sequence: int
     extents: tuple[Extent, ...]
@@ -164,6 +164,13 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
+class Serve:
+    """Sender: a receiver redeems the offer `request_id`: its tensors are this transfer's too."""
+
+    transfer: TransferId
+
+
+@dataclass(frozen=True, slots=True)
 class Transmit:
     """Hand a packet to the control channel, to the peer at `path`."""
 
@@ -190,10 +197,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class CompareProbe:
-    """Receiver: does this probe slot hold the nonce? Answer with `probed`."""
+    """Receiver: does the probe slot of this link hold the nonce? Answer with `probed`."""
 
     peer: int
-    slot: int
+    link: int
     plane: str
     nonce: bytes
 
@@ -223,4 +230,4 @@ TransferCommand: TypeAlias = (
     | Deliver
     | Fail
 )
-Command: TypeAlias = TransferCommand | Transmit | Greet | Part | CompareProbe | ProbeResult
+Command: TypeAlias = TransferCommand | Serve | Transmit | Greet | Part | CompareProbe | ProbeResult

@@ -7,7 +7,7 @@ raises :data:`PROTOCOL_VERSION`. Every field is bounded before memory is taken f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -50,11 +50,10 @@ __all__ = [
     "Written",
     "decode",
     "encode",
-    "schema_of",
     "specs_of",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION: Final = 1
 MAX_METADATA_NBYTES = 32 * 1024
 MAX_GRANT_BLOCKS = 4096
 MAX_MESSAGE = 2048
@@ -97,16 +96,28 @@ class Hello(_Struct, frozen=True):
     name: Annotated[str, Meta(max_length=MAX_NAME)]
     """For people: which endpoint this is."""
     fields: Annotated[tuple[FieldSpec, ...], Meta(min_length=1, max_length=MAX_FIELDS)]
-    link: Annotated[str, Meta(max_length=512)] = ""
+    stream: Annotated[str, Meta(max_length=512)] = ""
     """Address of the same-host stream, if this side has one."""
     pool_tokens: Count = 0
     """Receiver: tokens of the pool, from which the sender computes the arena's layout."""
     num_probes: Count = 0
-    probe_slot: Count = 0
-    """Receiver: where this sender writes its nonces."""
+    link: Count = 0
+    """Receiver: its number for this link, which names the sender's grants and its probe slot."""
     planes: Annotated[tuple[PlaneOffer, ...], Meta(max_length=16)] = ()
     takes_any: bool = False
     """Receiver: send me whatever has no other destination."""
+
+    @property
+    def schema(self) -> Schema:
+        """The schema that the fields describe.
+
+        Raises:
+            IncompatibleSchema: a dtype is unknown here, or a name comes twice.
+        """
+        fields = {spec.name: Field(spec.dtype, *spec.shape) for spec in self.fields}
+        if len(fields) != len(self.fields):
+            raise IncompatibleSchema("a field name comes twice in the peer's schema")
+        return Schema(**fields)
 
 
 class Ack(_Struct, frozen=True):
@@ -154,7 +165,7 @@ class Redeem(_Struct, frozen=True):
 
 
 class Refuse(_Struct, frozen=True):
-    """Sender: a :class:`Redeem` cannot be served."""
+    """Ends a :class:`Redeem`: the sender cannot serve it, or the receiver wants it no more."""
 
     redemption: Count
     reason: Reason
@@ -316,15 +327,3 @@ def decode(encoded: bytes) -> Packet:
 def specs_of(schema: Schema) -> tuple[FieldSpec, ...]:
     """Return `schema` as it stands in a Hello."""
     return tuple(FieldSpec(name, field.dtype, field.shape) for name, field in schema.items())
-
-
-def schema_of(specs: tuple[FieldSpec, ...]) -> Schema:
-    """Return the schema that stands in a Hello.
-
-    Raises:
-        IncompatibleSchema: a dtype is unknown here, or a name comes twice.
-    """
-    fields = {spec.name: Field(spec.dtype, *spec.shape) for spec in specs}
-    if len(fields) != len(specs):
-        raise IncompatibleSchema("a field name comes twice in the peer's schema")
-    return Schema(**fields)

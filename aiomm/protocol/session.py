@@ -12,11 +12,13 @@ comes from another life of the peer, never reaches a session.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .frames import PROTOCOL_VERSION, Ack, Frame, Hello, Packet, Ping, Pong, encode
 
-__all__ = ["Session", "Timing"]
+__all__ = ["Path", "Session", "Timing"]
 
 MAX_EARLY_FRAMES = 256
 
@@ -36,6 +38,15 @@ class Timing:
     """Silence after which the peer counts as lost. Encoders hold their loop for seconds."""
 
 
+class Path(NamedTuple):
+    """One way to a peer: a channel, and what that channel calls the peer. Opaque here."""
+
+    rank: int
+    """Of several paths to one peer the one with the highest rank is used."""
+    channel: Hashable
+    peer: Hashable
+
+
 class Session:
     """Reliable, ordered frames to and from one peer.
 
@@ -45,7 +56,7 @@ class Session:
         local_epoch: this endpoint's life.
         hello: this endpoint's Hello to that peer.
         peer_epoch: the peer's life; 0 while this side speaks first and does not know it.
-        path: how to reach the peer; opaque here.
+        path: the first way to reach the peer.
     """
 
     def __init__(
@@ -54,7 +65,7 @@ class Session:
         hello: Hello,
         *,
         peer_epoch: int,
-        path: object,
+        path: Path,
         now: float,
         timing: Timing,
     ) -> None:
@@ -62,7 +73,10 @@ class Session:
         self.peer_epoch = peer_epoch
         self.hello = hello
         self.peer_hello: Hello | None = None
-        self.path = path
+        self.paths = [path]
+        """Ways to reach the peer, the preferred one first; empty while it cannot be reached."""
+        self.is_lost = False
+        """The peer counts as lost; if it speaks again, the session goes on."""
         self.is_busy = False
         """Somebody waits for this peer: ask for signs of life, and notice when none come."""
         self.ignored = 0
@@ -88,6 +102,20 @@ class Session:
         """The peer's Hello has arrived."""
         return self.peer_hello is not None
 
+    def establish(self, peer_epoch: int, hello: Hello) -> None:
+        """Take the peer's Hello: from now on queued frames go out."""
+        self.peer_epoch, self.peer_hello = peer_epoch, hello
+        self._resend_at, self._resend_after = None, self._timing.resend_first
+
+    def add_path(self, path: Path) -> None:
+        """Add a way to reach the peer, and use it if it is the best."""
+        if path not in self.paths:
+            self.paths = sorted([*self.paths, path], key=lambda each: -each.rank)
+
+    def announce_path(self) -> None:
+        """Let a packet travel at once, so that the peer learns of the best path."""
+        self.say(Ack())
+
     def send(self, frame: Frame) -> None:
         """Queue a frame that has to arrive."""
         self._sent += 1
@@ -100,8 +128,8 @@ class Session:
 
     def receive(self, packet: Packet, now: float) -> list[Frame]:
         """Take a packet of this peer's; return the frames that are new and in order."""
-        if now >= self._last_heard:
-            self._last_heard = now
+        self._last_heard = now
+        self.is_lost = False
         self._ping_at = None
         self._settle(packet.acknowledged, now)
         frame = packet.frame
@@ -140,14 +168,18 @@ class Session:
     def next_deadline(self) -> float | None:
         """Return when :meth:`packets` or :meth:`is_silent` has to be asked again."""
         deadlines = [self._resend_at, self._acknowledge_at]
-        if self._waits_for_peer():
+        if self._waits_for_peer() and not self.is_lost:
             deadlines.append((self._ping_at or self._last_heard) + self._timing.ping)
             deadlines.append(self._last_heard + self._timing.peer_timeout)
         return min((at for at in deadlines if at is not None), default=None)
 
     def is_silent(self, now: float) -> bool:
         """Somebody waits, and the peer has said nothing for too long."""
-        return self._waits_for_peer() and now >= self._last_heard + self._timing.peer_timeout
+        return (
+            self._waits_for_peer()
+            and not self.is_lost
+            and now >= self._last_heard + self._timing.peer_timeout
+        )
 
     def begin_waiting(self, now: float) -> None:
         """Start the clock of silence: from now on somebody waits for this peer."""
@@ -160,8 +192,8 @@ class Session:
 
     def _ping_is_due(self, now: float) -> bool:
         return (
-            self.is_busy
-            and self.is_established
+            self._waits_for_peer()
+            and not self.is_lost
             and now >= (self._ping_at or self._last_heard) + self._timing.ping
         )
 

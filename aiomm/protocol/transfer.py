@@ -305,7 +305,6 @@ class ReceiveTransfer(Transfer):
     def __init__(self, number: int, default_tokens: int, now: float) -> None:
         super().__init__(now)
         self.number = number
-        self.peer = 0
         self.metadata = b""
         self.grants: list[tuple[tuple[int, ...], tuple[Extent, ...]]] = []
         """Block indices and extents of every grant."""
@@ -352,7 +351,8 @@ class ReceiveTransfer(Transfer):
             case Failed(failure):
                 return self._fail(failure, now, self._may_be_written())
             case Aborted(failure, drained):
-                return self._fail(failure, now, self._may_be_written() and not drained)
+                may_be_written = self._may_be_written() and not drained
+                return self._fail(failure, now, may_be_written, is_told=True)
             case Drained():
                 self._is_quarantined = False
                 return self._release() if self.state.is_terminal else []
@@ -394,6 +394,8 @@ class ReceiveTransfer(Transfer):
         return self._default_tokens if self.total is None else self.total - self.granted_tokens
 
     def _reserved(self, allocation: Allocation, extends: bool, now: float) -> Commands:
+        if self.state.is_terminal:  # granted in turn just when it failed
+            return [Release(self.number, (allocation,))]
         blocks, extents = allocation.block_indices, allocation.extents
         if extends:
             last = self._allocations.pop()
@@ -414,7 +416,7 @@ class ReceiveTransfer(Transfer):
             self._move(Resumed, now)
         frame = frames.Resume if sequence else frames.Grant
         return [
-            Permit(self.number, self.peer, self.id, sequence, extents),
+            Permit(self.number, self.id, sequence, extents),
             SendFrame(frame(self.id, sequence, start, blocks, extents)),
         ]
 
@@ -502,7 +504,9 @@ class ReceiveTransfer(Transfer):
     def _may_be_written(self) -> bool:
         return self.granted_tokens > self.transferred_tokens and not self._is_sealed
 
-    def _fail(self, failure: Failure, now: float, may_be_written: bool) -> Commands:
+    def _fail(
+        self, failure: Failure, now: float, may_be_written: bool, *, is_told: bool = False
+    ) -> Commands:
         if self.state.is_terminal:
             return []
         waits = self.state is not State.SENDING and not self._is_copying
@@ -514,7 +518,7 @@ class ReceiveTransfer(Transfer):
             commands.append(Quarantine(self.number, tuple(self._allocations)))
         else:
             commands += self._release()
-        if self.id is not None:
+        if self.id is not None and not is_told:
             message = failure.message[:2000]
             commands.append(SendFrame(frames.Abort(self.id, failure.reason, message, False)))
         return [*commands, Fail(self.number, failure)]

@@ -1,0 +1,454 @@
+"""The receiver's endpoint: which claim meets which request, and what becomes of each.
+
+A request exists from `expect`, `receive` or `redeem` on, or from the moment a sender offers
+it unasked; it ends when the user has taken its result, or by its deadline.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from ..errors import Failure, IncompatibleSchema, Reason, Rejected
+from ..types import Allocation, Schema, TransferId
+from . import events, frames
+from .commands import (
+    Command,
+    CompareProbe,
+    Fail,
+    Release,
+    Reserve,
+    ReserveRest,
+    SendFrame,
+)
+from .endpoint import Endpoint
+from .frames import Frame, Hello, PlaneOffer
+from .session import Path, Session, Timing
+from .transfer import ProtocolViolation, ReceiveTransfer
+
+__all__ = ["ReceiveEndpoint"]
+
+
+@dataclass(slots=True)
+class _Request:
+    """One request and its one transfer."""
+
+    request_id: str
+    transfer: ReceiveTransfer
+    timeout: float
+    deadline: float
+    key: bytes = b""
+    """The key of the ticket this side has issued; empty for a bare request id."""
+    path: Path | None = None
+    """Redeemed: the first contact it waits for."""
+    life: int = 0
+    """Redeemed: the epoch that the ticket names; 0 for any."""
+    redeem_key: bytes | None = None
+    """Redeemed: the key of the sender's ticket; None if this side waits to be asked."""
+    peer: int = 0
+    """Epoch of the sender it is tied to."""
+    is_open: bool = True
+    """Somebody may still ask for the result."""
+
+
+class ReceiveEndpoint(Endpoint):
+    """Receiver's protocol state; see :class:`Endpoint` for how it is driven.
+
+    Args:
+        schema: what the pool holds.
+        hello: the Hello to every sender, without link number and plane offers.
+        plane_offers: returns the plane offers of the link with that number.
+        default_tokens: what is reserved for a request of unknown length.
+        default_timeout: seconds a request lives that a sender has offered unasked.
+        max_requests: bound on requests that are not taken yet.
+        max_tokens: longest request that is accepted.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        schema: Schema,
+        hello: Hello,
+        *,
+        plane_offers: Callable[[int], tuple[PlaneOffer, ...]] = lambda _: (),
+        default_tokens: int = 1024,
+        default_timeout: float = 30.0,
+        timing: Timing | None = None,
+        max_peers: int = 1024,
+        max_requests: int = 4096,
+        max_tokens: int = 2**24,
+    ) -> None:
+        super().__init__(epoch, timing=timing or Timing(), max_peers=max_peers)
+        self._schema = schema
+        self._own_hello = hello
+        self._plane_offers = plane_offers
+        self._default_tokens = default_tokens
+        self._default_timeout = default_timeout
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._links = 0
+        self._number = 0
+        self._requests: dict[int, _Request] = {}
+        self._by_request_id: dict[str, int] = {}
+        self._by_transfer: dict[tuple[int, TransferId], int] = {}
+        self._of_peer: defaultdict[int, set[int]] = defaultdict(set)
+        self._latest: dict[int, int] = {}
+        """The highest generation each peer has offered: every other one is a tombstone."""
+
+    # What the user asks for.
+
+    def expect(self, request_id: str, key: bytes, timeout: float, now: float) -> int:
+        """Reserve for a request whose ticket, with `key`, somebody will claim; return its number.
+
+        Raises:
+            Rejected: the request id is in use, or (retryable) there are too many requests.
+        """
+        if request_id in self._by_request_id:
+            raise Rejected(f"request {request_id!r} is expected already")
+        return self._add(request_id, timeout, now, key=key, reserve=True).transfer.number
+
+    def receive(self, request_id: str, timeout: float, now: float) -> int:
+        """Return the number of the request, whether it was expected, has come, or will come.
+
+        Raises:
+            Rejected: there are too many requests (retryable).
+        """
+        number = self._by_request_id.get(request_id)
+        if number is not None:
+            return number
+        return self._add(request_id, timeout, now, reserve=True).transfer.number
+
+    def redeem(
+        self,
+        request_id: str,
+        key: bytes,
+        *,
+        path: Path | None,
+        life: int,
+        timeout: float,
+        now: float,
+    ) -> int:
+        """Ask the sender at `path`, or with epoch `life`, for a request; return its number.
+
+        Raises:
+            Rejected: there are too many requests (retryable).
+        """
+        request = self._add(request_id, timeout, now, named=False)
+        request.path, request.life, request.redeem_key = path, life, key
+        session = self.sessions.get(life) if path is None else self._session_at(path)
+        if session is not None:
+            self._ask(request, session, now)
+        return request.transfer.number
+
+    def fail(self, number: int, failure: Failure, now: float) -> None:
+        """Give the request up."""
+        request = self._requests.get(number)
+        if request is None:
+            return
+        if request.redeem_key is not None and not request.transfer.is_claimed:
+            session = self.sessions.get(request.peer)
+            if session is not None:
+                session.send(frames.Refuse(number, failure.reason, failure.message[:2000]))
+        self._feed(number, events.Failed(failure), now)
+
+    def taken(self, number: int) -> None:
+        """The user has the result, or has been told of the failure: the request is over."""
+        request = self._requests.get(number)
+        if request is not None:
+            self._close(request)
+
+    # What the driver reports.
+
+    def reserved(self, number: int, allocation: Allocation, extends: bool, now: float) -> None:
+        """The pool gave blocks. If the request is over by now, they go back."""
+        if number in self._requests:
+            self._feed(number, events.Reserved(allocation, extends), now)
+        else:
+            self._do([Release(number, (allocation,))])
+
+    def refused(self, number: int, now: float) -> None:
+        """The pool cannot give the whole rest now."""
+        self._feed(number, events.Refused(), now)
+
+    def moved_out(self, number: int, now: float) -> None:
+        """The buffered chunks are out of the pool."""
+        self._feed(number, events.MovedOut(), now)
+
+    def joined(self, number: int, now: float) -> None:
+        """All chunks stand in one tensor."""
+        self._feed(number, events.Joined(), now)
+
+    def drained(self, number: int, now: float) -> None:
+        """The plane proves that no write of the transfer can land any more."""
+        self._feed(number, events.Drained(), now)
+
+    def probed(self, peer: int, plane: str, matched: bool) -> None:
+        """The probe slot was compared."""
+        if peer in self.sessions:
+            self.sessions[peer].send(frames.ProbeAnswer(plane, matched))
+
+    def transfer(self, number: int) -> ReceiveTransfer:
+        """Return the transfer of a request that has not been forgotten."""
+        return self._requests[number].transfer
+
+    def link_of(self, number: int) -> int:
+        """Return the number of the link over which the request is claimed; 0 if none is."""
+        session = self.sessions.get(self._requests[number].peer)
+        return session.hello.link if session is not None else 0
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of all requests, oldest first."""
+        return list(self._requests)
+
+    def commands(self, now: float) -> list[Command]:
+        """Return what has to be done now, in order, and nothing that has become pointless."""
+        return [command for command in super().commands(now) if not self._is_pointless(command)]
+
+    def _is_pointless(self, command: Command) -> bool:
+        """A reservation asked for by a transfer that has failed in the same breath."""
+        if not isinstance(command, Reserve | ReserveRest):
+            return False
+        request = self._requests.get(command.number)
+        return request is None or request.transfer.state.is_terminal
+
+    # What the endpoint asks of its kind.
+
+    def _hello(self, peer: int) -> Hello:
+        self._links += 1
+        link = self._links
+        return _with(self._own_hello, link, self._plane_offers(link))
+
+    def _greeted(self, session: Session, path: Path, now: float) -> None:
+        for request in list(self._requests.values()):
+            waits = request.redeem_key is not None and not request.peer
+            if waits and (request.path == path or request.life == session.peer_epoch):
+                self._ask(request, session, now)
+
+    def _contact_failed(self, path: Path, failure: Failure, now: float) -> None:
+        for number, request in list(self._requests.items()):
+            if request.path == path and not request.peer:
+                self._feed(number, events.Failed(failure), now)
+
+    def _peer_lost(self, session: Session, failure: Failure, proven: bool, now: float) -> None:
+        for number in list(self._of_peer[session.peer_epoch]):
+            self._feed(number, events.Failed(failure), now)
+            if proven:
+                self._feed(number, events.Drained(), now)
+        if proven:
+            self._of_peer.pop(session.peer_epoch, None)
+            self._latest.pop(session.peer_epoch, None)
+
+    def _is_open(self, number: int) -> bool:
+        return number in self._requests
+
+    def _expired(self, number: int, now: float) -> None:
+        request = self._requests.get(number)
+        if request is None or not request.is_open:
+            return
+        transfer = request.transfer
+        if not transfer.state.is_terminal:
+            what = f"in {transfer.state}" if transfer.is_claimed else "no sender has claimed it"
+            message = f"{request.request_id!r} was not done within {request.timeout:g} s: {what}"
+            self.fail(number, Failure(Reason.TIMEOUT, message), now)
+        elif transfer.failure is None:
+            message = f"{request.request_id!r} has arrived but nobody received it in time"
+            self._do([Fail(number, Failure(Reason.TIMEOUT, message))])
+        self._close(request)
+
+    def _frame_received(self, session: Session, frame: Frame, now: float) -> None:
+        match frame:
+            case frames.Offer():
+                self._offered(session, frame, now)
+            case frames.Announce(transfer, total, metadata):
+                if self._is_too_long(total):
+                    self._frame_event(session, transfer, events.Failed(self._too_long(total)), now)
+                else:
+                    event = events.Announced(total, metadata)
+                    self._frame_event(session, transfer, event, now)
+            case frames.Written(transfer, sequence, start, count, total):
+                written = events.Written(sequence, start, count, total)
+                self._frame_event(session, transfer, written, now)
+            case frames.Abort(transfer, _, _, drained):
+                aborted = events.Aborted(frame.failure, drained)
+                self._frame_event(session, transfer, aborted, now)
+            case frames.AbortAck(transfer):
+                self._frame_event(session, transfer, events.Drained(), now)
+            case frames.Probe(plane, nonce):
+                link = session.hello.link
+                self._do([CompareProbe(session.peer_epoch, link, plane, nonce)])
+            case frames.Refuse(redemption, reason, message):
+                request = self._requests.get(redemption)
+                if request is not None and request.peer == session.peer_epoch:
+                    self._feed(redemption, events.Failed(Failure(reason, message)), now)
+            case _:
+                self.counters["unexpected"] += 1
+
+    # Requests.
+
+    def _add(
+        self,
+        request_id: str,
+        timeout: float,
+        now: float,
+        *,
+        key: bytes = b"",
+        reserve: bool = False,
+        named: bool = True,
+    ) -> _Request:
+        if len(self._requests) >= self._max_requests:
+            raise Rejected(f"{self._max_requests} requests are open", retryable=True)
+        self._number += 1
+        transfer = ReceiveTransfer(self._number, self._default_tokens, now)
+        request = _Request(request_id, transfer, timeout, now + timeout, key)
+        self._requests[self._number] = request
+        if named:
+            self._by_request_id[request_id] = self._number
+        self._set_deadline(request.deadline, self._number)
+        if reserve:
+            self._apply(request, transfer.expect())
+        return request
+
+    def _close(self, request: _Request) -> None:
+        """Nobody will ask for the result any more; its id may be used again."""
+        request.is_open = False
+        if self._by_request_id.get(request.request_id) == request.transfer.number:
+            del self._by_request_id[request.request_id]
+        self._forget_if_over(request)
+
+    def _forget_if_over(self, request: _Request) -> None:
+        """Drop a request that holds no block and that nobody can ask for any more."""
+        if not request.is_open and request.transfer.is_settled:
+            self._requests.pop(request.transfer.number, None)
+            self._untie(request)
+
+    def _untie(self, request: _Request) -> None:
+        number = request.transfer.number
+        siblings = self._of_peer[request.peer]
+        siblings.discard(number)
+        if request.transfer.id is not None:
+            self._by_transfer.pop((request.peer, request.transfer.id), None)
+        session = self.sessions.get(request.peer)
+        if session is not None and not siblings:
+            session.is_busy = False
+
+    def _tie(self, request: _Request, session: Session, now: float) -> None:
+        request.peer = session.peer_epoch
+        self._of_peer[request.peer].add(request.transfer.number)
+        session.begin_waiting(now)
+
+    def _ask(self, request: _Request, session: Session, now: float) -> None:
+        number = request.transfer.number
+        hello = session.peer_hello
+        assert hello is not None
+        if request.life and request.life != session.peer_epoch:
+            message = "the ticket is void: its sender has been restarted since"
+            self._feed(number, events.Failed(Failure(Reason.REJECTED, message)), now)
+        elif hello.role != "sender":
+            message = f"the peer {hello.name!r} is no sender"
+            self._feed(number, events.Failed(Failure(Reason.REJECTED, message)), now)
+        else:
+            self._tie(request, session, now)
+            left = max(0.0, request.deadline - now)
+            key = request.redeem_key or b""
+            session.send(frames.Redeem(request.request_id, key, number, left))
+
+    # Claims.
+
+    def _offered(self, session: Session, offer: frames.Offer, now: float) -> None:
+        peer, transfer = session.peer_epoch, offer.transfer
+        if transfer.generation <= self._latest.get(peer, 0):
+            self.counters["of_no_transfer"] += 1
+            return
+        self._latest[peer] = transfer.generation
+        try:
+            request = self._match(session, offer, now)
+        except Rejected as exc:
+            reason = Reason.BUSY if exc.retryable else Reason.REJECTED
+            session.send(frames.Abort(transfer, reason, exc.message, False))
+            return
+        except IncompatibleSchema as exc:
+            session.send(frames.Abort(transfer, Reason.SCHEMA, exc.message, False))
+            return
+        self._tie(request, session, now)
+        self._by_transfer[peer, transfer] = request.transfer.number
+        claimed = events.Claimed(transfer, offer.total, offer.metadata)
+        self._feed(request.transfer.number, claimed, now)
+
+    def _match(self, session: Session, offer: frames.Offer, now: float) -> _Request:
+        """Return the request that this claim is for.
+
+        Raises:
+            Rejected: there is none, or it must not have it.
+            IncompatibleSchema: the sender's schema is another one.
+        """
+        self._check_schema(session)
+        if offer.total is not None and self._is_too_long(offer.total):
+            raise Rejected(self._too_long(offer.total).message)
+        request_id = offer.transfer.request_id
+        number = offer.redemption or self._by_request_id.get(request_id)
+        request = self._requests.get(number) if number is not None else None
+        if request is None and not offer.key and not offer.redemption:
+            return self._add(request_id, self._default_timeout, now)
+        if request is None or request.transfer.state.is_terminal:
+            raise Rejected(f"request {request_id!r} is unknown: finished, given up, or never made")
+        if request.transfer.is_claimed:
+            raise Rejected(f"request {request_id!r} is claimed already")
+        if not hmac.compare_digest(request.key, offer.key):
+            wrong = "is not the current one" if offer.key else "is missing"
+            raise Rejected(f"the ticket for request {request_id!r} {wrong}")
+        if offer.redemption and request.peer != session.peer_epoch:
+            raise Rejected(f"request {request_id!r} was asked of another sender")
+        return request
+
+    def _check_schema(self, session: Session) -> None:
+        hello = session.peer_hello
+        assert hello is not None
+        difference = self._schema.difference(hello.schema)
+        if difference:
+            raise IncompatibleSchema(f"sender {hello.name!r} has another schema: {difference}")
+
+    def _is_too_long(self, total: int) -> bool:
+        return total > self._max_tokens
+
+    def _too_long(self, total: int) -> Failure:
+        return Failure(
+            Reason.REJECTED, f"{total} tokens, but this receiver takes at most {self._max_tokens}"
+        )
+
+    def _frame_event(
+        self, session: Session, transfer: TransferId, event: events.ReceiveEvent, now: float
+    ) -> None:
+        number = self._by_transfer.get((session.peer_epoch, transfer))
+        if number is None:
+            self.counters["of_no_transfer"] += 1
+            return
+        self._feed(number, event, now)
+
+    def _feed(self, number: int, event: events.ReceiveEvent, now: float) -> None:
+        request = self._requests.get(number)
+        if request is None:
+            return
+        try:
+            commands = request.transfer.handle(event, now)
+        except ProtocolViolation as exc:
+            self.counters["violations"] += 1
+            failure = Failure(Reason.PROTOCOL, f"the sender broke the protocol: {exc}")
+            commands = request.transfer.handle(events.Failed(failure), now)
+        self._apply(request, commands)
+
+    def _apply(self, request: _Request, commands: Iterable[Command]) -> None:
+        session = self.sessions.get(request.peer)
+        for command in commands:
+            if not isinstance(command, SendFrame):
+                self._do([command])
+            elif session is not None:
+                session.send(command.frame)
+        self._forget_if_over(request)
+
+
+def _with(hello: Hello, link: int, planes: tuple[PlaneOffer, ...]) -> Hello:
+    return msgspec.structs.replace(hello, link=link, planes=planes)

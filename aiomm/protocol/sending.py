@@ -1,0 +1,379 @@
+"""The sender's endpoint: which transfer goes to which receiver, and which offers stand.
+
+A transfer is opened towards a path (an address), a life (a ticket's epoch), or nobody yet: then
+it waits for a receiver that asks for it by its request id, or for one that takes anything.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import Failure, IncompatibleSchema, Reason, Rejected
+from ..types import Schema, TransferId
+from . import events, frames
+from .commands import Command, ProbeResult, SendFrame, Serve
+from .endpoint import Endpoint
+from .frames import Frame, Hello, Redeem
+from .session import Path, Session, Timing
+from .transfer import ProtocolViolation, SendTransfer
+
+__all__ = ["SendEndpoint"]
+
+
+@dataclass(slots=True)
+class _Opened:
+    """A transfer and where it goes."""
+
+    transfer: SendTransfer
+    timeout: float
+    deadline: float
+    path: Path | None = None
+    """The first contact it waits for."""
+    life: int = 0
+    """The epoch that the ticket names; 0 for any."""
+    key: bytes = b""
+    peer: int = 0
+    """Epoch of the receiver it was offered to; 0 while it waits for one."""
+
+    @property
+    def is_unaddressed(self) -> bool:
+        return self.path is None and not self.life
+
+
+@dataclass(frozen=True, slots=True)
+class _Offered:
+    """Tensors that receivers may redeem until they are withdrawn."""
+
+    key: bytes
+    total: int
+    metadata: bytes
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A bare request id that a receiver asked for before this side had it."""
+
+    peer: int
+    redemption: int
+    deadline: float
+
+
+class SendEndpoint(Endpoint):
+    """Sender's protocol state; see :class:`Endpoint` for how it is driven.
+
+    Args:
+        schema: what the tensors look like; compared with each receiver's.
+        hello: the Hello to every receiver.
+        max_waiting: bound on transfers that wait for a receiver, and on receivers that wait.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        schema: Schema,
+        hello: Hello,
+        *,
+        timing: Timing | None = None,
+        max_peers: int = 1024,
+        max_waiting: int = 4096,
+    ) -> None:
+        super().__init__(epoch, timing=timing or Timing(), max_peers=max_peers)
+        self._schema = schema
+        self._own_hello = hello
+        self._max_waiting = max_waiting
+        self._generation = 0
+        self._opened: dict[int, _Opened] = {}
+        self._waiting: dict[int, _Opened] = {}
+        self._of_peer: defaultdict[int, set[int]] = defaultdict(set)
+        self._offers: dict[str, _Offered] = {}
+        self._wanted: defaultdict[str, list[_Wanted]] = defaultdict(list)
+
+    # What the user asks for.
+
+    def open(
+        self,
+        request_id: str,
+        *,
+        timeout: float,
+        now: float,
+        path: Path | None = None,
+        life: int = 0,
+        key: bytes = b"",
+    ) -> SendTransfer:
+        """Open a transfer towards `path`, or `life`, or whoever asks for it.
+
+        Raises:
+            Rejected: too many transfers wait for a receiver (retryable).
+        """
+        if len(self._waiting) >= self._max_waiting:
+            raise Rejected(f"{self._max_waiting} transfers wait for a receiver", retryable=True)
+        opened = self._new(request_id, timeout, now)
+        opened.path, opened.life, opened.key = path, life, key
+        self._waiting[opened.transfer.id.generation] = opened
+        if opened.is_unaddressed:
+            self._find_receiver(opened, now)
+        else:
+            session = self.sessions.get(life) if path is None else self._session_at(path)
+            if session is not None:
+                self._offer_to(opened, session, 0, now)
+        return opened.transfer
+
+    def tokens_ready(
+        self, generation: int, available: int, total: int | None, metadata: bytes, now: float
+    ) -> None:
+        """The first `available` tokens of the transfer can be read."""
+        self._feed(generation, events.TokensReady(available, total, metadata), now)
+
+    def fail(self, generation: int, failure: Failure, now: float) -> None:
+        """Give the transfer up."""
+        self._feed(generation, events.Failed(failure), now)
+
+    def offer(
+        self, request_id: str, key: bytes, total: int, metadata: bytes, timeout: float, now: float
+    ) -> None:
+        """Let receivers redeem `request_id` until it is withdrawn.
+
+        Raises:
+            Rejected: the request id is offered already.
+        """
+        if request_id in self._offers:
+            raise Rejected(f"request {request_id!r} is offered already")
+        self._offers[request_id] = _Offered(key, total, metadata, timeout)
+
+    def withdraw(self, request_id: str) -> None:
+        """End an offer. Transfers that it has begun go on."""
+        self._offers.pop(request_id, None)
+
+    # What the driver reports.
+
+    def write_finished(self, generation: int, now: float) -> None:
+        """The running write has landed."""
+        self._feed(generation, events.WriteFinished(), now)
+
+    def write_failed(self, generation: int, failure: Failure, now: float) -> None:
+        """The running write has failed; it may still land."""
+        self._feed(generation, events.WriteFailed(failure), now)
+
+    def drained(self, generation: int, now: float) -> None:
+        """The failed write cannot land any more."""
+        self._feed(generation, events.Drained(), now)
+
+    def probe(self, peer: int, plane: str, nonce: bytes) -> None:
+        """Ask the receiver whether `nonce` has arrived through `plane`; ends in ProbeResult."""
+        if peer in self.sessions:
+            self.sessions[peer].send(frames.Probe(plane, nonce))
+
+    @property
+    def num_live(self) -> int:
+        """Transfers that are not settled: running, or with a write that is not yet drained."""
+        return len(self._opened)
+
+    # What the endpoint asks of its kind.
+
+    def _hello(self, peer: int) -> Hello:
+        return self._own_hello
+
+    def _greeted(self, session: Session, path: Path, now: float) -> None:
+        hello = session.peer_hello
+        takes_any = hello is not None and hello.takes_any
+        for opened in list(self._waiting.values()):
+            if (
+                opened.path == path
+                or (opened.path is None and opened.life == session.peer_epoch)
+                or (opened.is_unaddressed and takes_any)
+            ):
+                self._offer_to(opened, session, 0, now)
+
+    def _contact_failed(self, path: Path, failure: Failure, now: float) -> None:
+        for opened in list(self._waiting.values()):
+            if opened.path == path:
+                self._feed(opened.transfer.id.generation, events.Failed(failure), now)
+
+    def _peer_lost(self, session: Session, failure: Failure, proven: bool, now: float) -> None:
+        for generation in list(self._of_peer[session.peer_epoch]):
+            self._feed(generation, events.Failed(failure), now)
+        for request_id, wanted in list(self._wanted.items()):
+            self._wanted[request_id] = [w for w in wanted if w.peer != session.peer_epoch]
+        if proven:
+            self._of_peer.pop(session.peer_epoch, None)
+
+    def _is_open(self, number: int) -> bool:
+        return number in self._opened
+
+    def _expired(self, number: int, now: float) -> None:
+        opened = self._opened.get(number)
+        if opened is None or opened.transfer.state.is_terminal:
+            return
+        where = "no receiver was reached" if not opened.peer else f"in {opened.transfer.state}"
+        message = f"{opened.transfer.id} was not done within {opened.timeout:g} s: {where}"
+        self._feed(number, events.Failed(Failure(Reason.TIMEOUT, message)), now)
+
+    def _frame_received(self, session: Session, frame: Frame, now: float) -> None:
+        match frame:
+            case frames.Resume(_, sequence, start, _, extents):
+                self._frame_event(session, frame, events.Resumed(start, sequence, extents), now)
+            case frames.Grant(_, sequence, start, _, extents):
+                self._frame_event(session, frame, events.Granted(start, sequence, extents), now)
+            case frames.Accepted():
+                self._frame_event(session, frame, events.Accepted(), now)
+            case frames.Abort():
+                event = events.Aborted(frame.failure, frame.drained)
+                if not self._frame_event(session, frame, event, now):
+                    session.send(frames.AbortAck(frame.transfer))  # settled: nothing can land
+            case frames.ProbeAnswer(plane, matched):
+                self._do([ProbeResult(session.peer_epoch, plane, matched)])
+            case Redeem():
+                self._redeemed(session, frame, now)
+            case frames.Refuse(redemption):
+                self._unwant(session.peer_epoch, redemption)
+            case _:
+                self.counters["unexpected"] += 1
+
+    # Transfers.
+
+    def _new(self, request_id: str, timeout: float, now: float) -> _Opened:
+        self._generation += 1
+        transfer = SendTransfer(TransferId(request_id, self._generation), now)
+        opened = _Opened(transfer, timeout, now + timeout)
+        self._opened[self._generation] = opened
+        self._set_deadline(opened.deadline, self._generation)
+        return opened
+
+    def _find_receiver(self, opened: _Opened, now: float) -> None:
+        """Serve the receiver that has waited longest for this id, else one that takes anything."""
+        wanted = self._wanted.get(opened.transfer.id.request_id, [])
+        while wanted:
+            first = wanted.pop(0)
+            if first.deadline > now and first.peer in self.sessions:
+                self._offer_to(opened, self.sessions[first.peer], first.redemption, now)
+                return
+        takers = [
+            session
+            for session in self.sessions.values()
+            if session.peer_hello is not None and session.peer_hello.takes_any
+            if session.paths and not session.is_lost
+        ]
+        if takers:
+            idlest = min(takers, key=lambda session: len(self._of_peer[session.peer_epoch]))
+            self._offer_to(opened, idlest, 0, now)
+
+    def _offer_to(self, opened: _Opened, session: Session, redemption: int, now: float) -> None:
+        generation = opened.transfer.id.generation
+        self._waiting.pop(generation, None)
+        objection = self._objection(opened, session)
+        if objection is not None:
+            self._feed(generation, events.Failed(objection), now)
+            return
+        opened.peer = session.peer_epoch
+        self._of_peer[opened.peer].add(generation)
+        session.begin_waiting(now)
+        left = max(0.0, opened.deadline - now)
+        self._apply(opened, opened.transfer.offer(opened.key, redemption, left))
+
+    def _objection(self, opened: _Opened, session: Session) -> Failure | None:
+        """Say why this transfer must not go to that peer."""
+        hello = session.peer_hello
+        assert hello is not None
+        if not session.paths:
+            return Failure(Reason.PEER_LOST, f"receiver {hello.name!r} cannot be reached any more")
+        if opened.life and opened.life != session.peer_epoch:
+            return Failure(
+                Reason.REJECTED, "the ticket is void: its receiver has been restarted since"
+            )
+        if hello.role != "receiver":
+            return Failure(Reason.REJECTED, f"the peer {hello.name!r} is no receiver")
+        try:
+            difference = hello.schema.difference(self._schema)
+        except IncompatibleSchema as exc:
+            difference = exc.message
+        if difference:
+            return Failure(
+                Reason.SCHEMA, f"receiver {hello.name!r} has another schema: {difference}"
+            )
+        return None
+
+    def _frame_event(
+        self,
+        session: Session,
+        frame: frames.Grant | frames.Accepted | frames.Abort,
+        event: events.SendEvent,
+        now: float,
+    ) -> bool:
+        """Feed what a frame means to its transfer; False if there is none."""
+        opened = self._opened.get(frame.transfer.generation)
+        if opened is None or opened.peer != session.peer_epoch:
+            self.counters["of_no_transfer"] += 1
+            return False
+        self._feed(frame.transfer.generation, event, now)
+        return True
+
+    def _feed(self, generation: int, event: events.SendEvent, now: float) -> None:
+        opened = self._opened.get(generation)
+        if opened is None:
+            return
+        try:
+            commands = opened.transfer.handle(event, now)
+        except ProtocolViolation as exc:
+            self.counters["violations"] += 1
+            failure = Failure(Reason.PROTOCOL, f"the receiver broke the protocol: {exc}")
+            commands = opened.transfer.handle(events.Failed(failure), now)
+        self._apply(opened, commands)
+
+    def _apply(self, opened: _Opened, commands: Iterable[Command]) -> None:
+        session = self.sessions.get(opened.peer)
+        for command in commands:
+            if not isinstance(command, SendFrame):
+                self._do([command])
+            elif session is not None:
+                session.send(command.frame)
+        if opened.transfer.is_settled:
+            self._forget(opened, session)
+
+    def _forget(self, opened: _Opened, session: Session | None) -> None:
+        generation = opened.transfer.id.generation
+        self._opened.pop(generation, None)
+        self._waiting.pop(generation, None)
+        siblings = self._of_peer[opened.peer]
+        siblings.discard(generation)
+        if session is not None and not siblings:
+            session.is_busy = False
+
+    # Offers and what receivers ask for.
+
+    def _redeemed(self, session: Session, frame: Redeem, now: float) -> None:
+        if frame.key:
+            self._redeem_offer(session, frame, now)
+            return
+        for opened in self._waiting.values():
+            if opened.is_unaddressed and opened.transfer.id.request_id == frame.request_id:
+                self._offer_to(opened, session, frame.redemption, now)
+                return
+        if sum(map(len, self._wanted.values())) >= self._max_waiting:
+            session.send(frames.Refuse(frame.redemption, Reason.BUSY, "too many receivers wait"))
+            return
+        wanted = _Wanted(session.peer_epoch, frame.redemption, now + frame.timeout)
+        self._wanted[frame.request_id].append(wanted)
+
+    def _redeem_offer(self, session: Session, frame: Redeem, now: float) -> None:
+        offered = self._offers.get(frame.request_id)
+        if offered is None or not hmac.compare_digest(offered.key, frame.key):
+            message = f"request {frame.request_id!r} is not on offer: withdrawn, expired or unknown"
+            session.send(frames.Refuse(frame.redemption, Reason.REJECTED, message))
+            return
+        opened = self._new(frame.request_id, min(frame.timeout, offered.timeout), now)
+        self._do([Serve(opened.transfer.id)])
+        ready = events.TokensReady(offered.total, offered.total, offered.metadata)
+        self._apply(opened, opened.transfer.handle(ready, now))
+        self._offer_to(opened, session, frame.redemption, now)
+
+    def _unwant(self, peer: int, redemption: int) -> None:
+        for request_id, wanted in list(self._wanted.items()):
+            kept = [w for w in wanted if (w.peer, w.redemption) != (peer, redemption)]
+            if kept:
+                self._wanted[request_id] = kept
+            else:
+                del self._wanted[request_id]
