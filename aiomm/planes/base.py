@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from ..buffers.arena import Arena
@@ -34,7 +35,8 @@ class GrantKey(NamedTuple):
     sequence: int
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Run:
     """One piece of a write: `count` rows from `first` on, to the arena's bytes from `offset` on."""
 
     rows: TokenRows
@@ -58,8 +60,12 @@ class Export(ABC):
         The offer may hold a secret of this peer's own; it travels in the Hello only.
         """
 
-    def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
-        """Let writes under `grant` touch `ranges`. A plane that cannot check has nothing to do."""
+    def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:  # noqa: B027
+        """Let writes under `grant` touch `ranges`, and nothing else; again replaces them.
+
+        Called before the sender is told of the grant. A plane that cannot check has nothing
+        to do here.
+        """
 
     def revoke(self, grant: GrantKey) -> bool:
         """Withdraw `grant`; return True if from now on no byte of it can land.
@@ -68,7 +74,7 @@ class Export(ABC):
         """
         return False
 
-    def forget(self, peer: int) -> None:
+    def forget(self, peer: int) -> None:  # noqa: B027
         """Drop what is kept for the sender with epoch `peer`; it is gone for good."""
 
     @abstractmethod
@@ -90,8 +96,12 @@ class RemoteArena(ABC):
             PlaneUnavailable: the write failed, and why.
         """
 
-    async def quiesce(self) -> None:
-        """Return once no byte of any failed write can land any more."""
+    async def quiesce(self) -> None:  # noqa: B027
+        """Return once no byte of any failed write can land any more.
+
+        Where the receiver's :meth:`Export.revoke` returns True this may return at once: what
+        is still under way is thrown away over there.
+        """
 
     @abstractmethod
     async def aclose(self) -> None:

@@ -1,0 +1,133 @@
+"""What every plane does with runs: check their bounds, copy them, on a thread when that is long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from ..errors import PlaneUnavailable
+from .base import Run
+
+__all__ = ["Copies", "CopyThread", "check_runs", "copy_run"]
+
+
+def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
+    """Return the bytes of all `runs` together.
+
+    Raises:
+        PlaneUnavailable: one of them leaves the arena, or its rows do not exist.
+    """
+    total = 0
+    for run in runs:
+        nbytes = run.nbytes
+        if run.first < 0 or run.count < 0 or run.first + run.count > run.rows.num_tokens:
+            raise PlaneUnavailable(
+                f"rows [{run.first}, {run.first + run.count}) are not in a source of "
+                f"{run.rows.num_tokens} rows"
+            )
+        if run.offset < 0 or run.offset + nbytes > arena_nbytes:
+            raise PlaneUnavailable(
+                f"bytes [{run.offset}, {run.offset + nbytes}) are not in an arena of "
+                f"{arena_nbytes} bytes"
+            )
+        total += nbytes
+    return total
+
+
+def copy_run(run: Run, target: memoryview) -> None:
+    """Copy `run` to `target`, which has exactly its size. Dense rows keep the GIL.
+
+    Keeping it is what makes this right for small runs: beside a busy Python thread taking
+    the GIL back costs a switch interval of 5 ms, a hundred times the copy.
+    """
+    source = run.rows.view(run.first, run.count)
+    if source is None:
+        run.rows.copy_into(target, run.first, run.count)
+    else:
+        target[:] = source
+
+
+class CopyThread:
+    """One thread for long copies, shared by all attachments of a plane.
+
+    It starts with the first long copy and ends when the last attachment lets go of it. One
+    is enough: a second copying thread gains at most 20 %. An attachment that is never let
+    go of does not keep the process alive: executor threads are told to end at exit.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._holders = 0
+        self._executor: ThreadPoolExecutor | None = None
+
+    def hold(self) -> None:
+        """Count one more attachment."""
+        self._holders += 1
+
+    def let_go(self) -> None:
+        """Count one attachment less; with the last one the thread ends."""
+        self._holders -= 1
+        if not self._holders and self._executor is not None:
+            self._executor.shutdown()
+            self._executor = None
+
+    def start(self, copy: Callable[[], None]) -> asyncio.Future[None]:
+        """Run `copy` on the thread; the future tells of its end, in one hand-back."""
+        loop = asyncio.get_running_loop()
+        finished: asyncio.Future[None] = loop.create_future()
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"aiomm-{self._name}")
+
+        def job() -> None:
+            error: BaseException | None = None
+            try:
+                copy()
+            except BaseException as exc:
+                error = exc
+            try:
+                loop.call_soon_threadsafe(_finish, finished, error)
+            except RuntimeError:
+                # The loop was closed in the meantime; nobody waits any more.
+                return
+
+        self._executor.submit(job)
+        return finished
+
+
+class Copies:
+    """The long copies of one attachment: what of them still runs, and when none does."""
+
+    def __init__(self, thread: CopyThread) -> None:
+        self._thread = thread
+        self._running: set[asyncio.Future[None]] = set()
+        self._is_closed = False
+        thread.hold()
+
+    async def run(self, copy: Callable[[], None]) -> None:
+        """Run `copy` on the thread. Cancelling the wait does not stop the copy."""
+        finished = self._thread.start(copy)
+        self._running.add(finished)
+        finished.add_done_callback(self._running.discard)
+        await asyncio.shield(finished)
+
+    async def drain(self) -> None:
+        """Return once no copy runs."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    async def aclose(self) -> None:
+        """Wait for the running copies and let go of the thread. Idempotent."""
+        await self.drain()
+        if not self._is_closed:
+            self._is_closed = True
+            self._thread.let_go()
+
+
+def _finish(finished: asyncio.Future[None], error: BaseException | None) -> None:
+    if finished.cancelled():
+        return
+    if error is None:
+        finished.set_result(None)
+    else:
+        finished.set_exception(error)
