@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,17 @@ from aiomm import vision
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def start(name: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start an example with warnings as errors, its output in pipes."""
+@contextmanager
+def running(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run an example with warnings as errors, its output in pipes; it is gone on exit."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -73,13 +79,12 @@ def test_the_digest_sees_every_byte_and_no_layout() -> None:
 @pytest.mark.timeout(120)
 def test_a_photo_travels_from_encoder_to_language_model(photo: Path) -> None:
     """Two processes, one ticket between them; more tokens than the default grant."""
-    language = start("language_model.py")
-    try:
+    with running("language_model.py") as language:
         assert language.stdout is not None
-        sent = finish(start("encoder.py", language.stdout.readline().strip(), str(photo)))
+        ticket = language.stdout.readline().strip()
+        with running("encoder.py", ticket, str(photo)) as encoder:
+            sent = finish(encoder)
         received = finish(language)
-    finally:
-        language.kill()
     assert "sent 1131 tokens of grace_hopper.jpg" in sent
     assert "in chunks of 1024, 107" in received
     assert "bit-identical" in received
@@ -87,4 +92,5 @@ def test_a_photo_travels_from_encoder_to_language_model(photo: Path) -> None:
 
 @pytest.mark.slow
 def test_the_scheduler_admits_times_out_and_cancels() -> None:
-    assert finish(start("custom_scheduler.py")).endswith("1 CancelledError, 1 deadline, 20 done\n")
+    with running("custom_scheduler.py") as process:
+        assert finish(process).endswith("1 CancelledError, 1 deadline, 20 done\n")
