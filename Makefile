@@ -10,7 +10,8 @@ EXTRAS := uvloop,aiozmq,cli,vision
 PHOTO  ?= $(VENV)/lib/python3.*/site-packages/matplotlib/mpl-data/sample_data/grace_hopper.jpg
 PYTEST ?= $(BIN)/python -m pytest
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
-	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	echo $$python && break; done)
 
 .PHONY: setup demo test check bench clean
 
@@ -18,7 +19,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
-		{ echo "aiomm needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+		{ echo "aiomm needs Python 3.11 or newer with venv; name one: make PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(VENV) has a Python older than 3.11; remove it and run make again" >&2; exit 1; }
