@@ -1,1 +1,274 @@
-"""Tensors on one side, bytes on the other, and no copy in between where none is needed."""
+"""Tensors on one side, bytes on the other, and no copy in between where none is needed.
+
+This is the sender's side, :class:`TokenRows`; the receiver's is in :mod:`.received`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import IncompatibleSchema
+from ..types import Field, Schema
+from .arrays import address_of, copy_bytes, load_array_library, loaded_instance
+from .received import JoinedTensors, PoolTensors
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+__all__ = ["JoinedTensors", "PoolTensors", "TokenRows", "load_array_library", "rows_of"]
+
+
+class _Source(NamedTuple):
+    """What is known of a tensor once it is checked."""
+
+    num_tokens: int
+    flat: memoryview | None
+    """All bytes, where they lie in the memory of this process without gaps."""
+    address: int | None
+    """Of the first byte of `flat`, where it can be known."""
+    copy: Callable[[memoryview, int, int], None] | None
+    """Copies rows that have no `flat`: target, first, count."""
+    device: str = "cpu"
+
+
+class TokenRows:
+    """The rows of one field, one per token, of one source. Made by :meth:`of`.
+
+    The source is kept alive, and must not change before the transfer is done.
+    """
+
+    __slots__ = (
+        "_source",
+        "device",
+        "field",
+        "name",
+        "num_tokens",
+        "row_nbytes",
+        "tensor",
+    )
+
+    def __init__(self, name: str, field: Field, tensor: object, source: _Source) -> None:
+        self.name = name
+        self.field = field
+        self.tensor = tensor
+        self.num_tokens = source.num_tokens
+        self.row_nbytes = field.row_nbytes
+        self.device = source.device
+        """`"cpu"` or a torch device name."""
+        self._source = source
+
+    @classmethod
+    def of(cls, name: str, field: Field, tensor: object) -> TokenRows:
+        """Check `tensor` against `field`; copy nothing.
+
+        Args:
+            name: the field's name, for errors.
+            field: dtype and shape of one row.
+            tensor: of shape `[num_tokens, *field.shape]`: a torch tensor, a numpy array,
+                anything with DLPack, or bytes that are a whole number of rows.
+
+        Raises:
+            IncompatibleSchema: it is none of these, or its dtype or shape is another.
+        """
+        if loaded_instance(tensor, "torch", "Tensor"):
+            source = _torch_source(name, field, tensor)  # type: ignore[arg-type]
+        elif loaded_instance(tensor, "numpy", "ndarray"):
+            source = _numpy_source(name, field, tensor)  # type: ignore[arg-type]
+        elif hasattr(tensor, "__dlpack__"):
+            return cls.of(name, field, _from_dlpack(name, tensor))
+        else:
+            source = _bytes_source(name, field, tensor)
+        return cls(name, field, tensor, source)
+
+    def view(self, first: int, count: int) -> memoryview | None:
+        """Return the bytes of `count` rows from `first` on, shared with the source.
+
+        None where they are not one piece of this process's memory: strided, or on a device.
+
+        Raises:
+            ValueError: there are no such rows.
+        """
+        self._check_rows(first, count)
+        flat, row = self._source.flat, self.row_nbytes
+        return None if flat is None else flat[first * row : (first + count) * row]
+
+    def address(self, first: int) -> int | None:
+        """Return where row `first` lies; None where :meth:`view` is None, or it is unknown.
+
+        Unknown is the address of bytes that are read-only. Valid while this object lives.
+        """
+        address = self._source.address
+        return None if address is None else address + first * self.row_nbytes
+
+    def copy_into(self, target: memoryview, first: int, count: int) -> None:
+        """Copy `count` rows from `first` on into `target`, strided rows straight into place.
+
+        Blocks until the bytes are there. Large copies release the GIL.
+
+        Raises:
+            ValueError: there are no such rows, or `target` has not exactly their bytes.
+        """
+        self._check_rows(first, count)
+        if target.nbytes != count * self.row_nbytes:
+            raise ValueError(
+                f"{count} rows of {self.name!r} are {count * self.row_nbytes} bytes, "
+                f"the target has {target.nbytes}"
+            )
+        if not count:
+            return
+        if self._source.copy is not None:
+            self._source.copy(target, first, count)
+            return
+        source = self.view(first, count)
+        assert source is not None
+        copy_bytes(target, source, self.address(first))
+
+    def _check_rows(self, first: int, count: int) -> None:
+        if first < 0 or count < 0 or first + count > self.num_tokens:
+            raise ValueError(
+                f"rows [{first}, {first + count}) of {self.name!r}, which has {self.num_tokens}"
+            )
+
+    def __repr__(self) -> str:
+        return f"<TokenRows {self.name}: {self.num_tokens} x {self.field} on {self.device}>"
+
+
+def rows_of(schema: Schema, tensors: Mapping[str, object]) -> dict[str, TokenRows]:
+    """Check the tensors of a transfer; return the rows of each field, in the schema's order.
+
+    Raises:
+        IncompatibleSchema: a field is missing or unknown, a tensor does not match its field,
+            or two fields have different numbers of tokens.
+    """
+    missing = [name for name in schema if name not in tensors]
+    unknown = [name for name in tensors if name not in schema]
+    if missing or unknown:
+        raise IncompatibleSchema(
+            f"the tensors must be those of {schema}; missing {missing}, unknown {unknown}"
+        )
+    rows = {name: TokenRows.of(name, field, tensors[name]) for name, field in schema.items()}
+    first, *others = rows.values()
+    for other in others:
+        if other.num_tokens != first.num_tokens:
+            raise IncompatibleSchema(
+                f"fields differ in tokens: {first.name!r} has {first.num_tokens}, "
+                f"{other.name!r} has {other.num_tokens}"
+            )
+    return rows
+
+
+def _check(name: str, field: Field, dtype: str, shape: Sequence[int]) -> None:
+    if dtype != field.dtype or not shape or tuple(shape[1:]) != field.shape:
+        expected = ", ".join(["num_tokens", *map(str, field.shape)])
+        raise IncompatibleSchema(
+            f"field {name!r} is {dtype} {list(shape)}, expected {field.dtype} [{expected}]"
+        )
+
+
+# One function per kind of source. Rows are copied as integers of their size, which every
+# library can copy between any strides, and which keeps every bit.
+
+
+def _torch_source(name: str, field: Field, tensor: torch.Tensor) -> _Source:
+    import torch
+
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else f"{tensor.layout} on {tensor.device}"
+        raise IncompatibleSchema(f"field {name!r} has no dense rows in memory: it is {kind}")
+    _check(name, field, str(tensor.dtype).removeprefix("torch."), tensor.shape)
+    rows = tensor.detach().resolve_conj().resolve_neg()
+    if rows.is_cpu and rows.is_contiguous():
+        return _Source(len(rows), _torch_bytes(rows), rows.data_ptr(), None)
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    size = rows.element_size()
+    rows = rows.view(integers[size]) if size in integers else rows
+    return _Source(len(rows), None, None, partial(_copy_torch, rows), str(rows.device))
+
+
+def _torch_bytes(rows: torch.Tensor) -> memoryview:
+    """Return the bytes of a dense tensor, which they keep alive."""
+    import torch
+
+    if not rows.numel():
+        return memoryview(b"")
+    flat = rows.reshape(-1).view(torch.uint8)
+    try:
+        return flat.numpy().data
+    except RuntimeError:  # torch without numpy
+        memory = (ctypes.c_ubyte * len(flat)).from_address(flat.data_ptr())
+        memory.owner = flat  # type: ignore[attr-defined]
+        return memoryview(memory).cast("B")
+
+
+def _copy_torch(rows: torch.Tensor, target: memoryview, first: int, count: int) -> None:
+    import torch
+
+    flat = torch.frombuffer(target, dtype=rows.dtype)
+    flat.view(count, *rows.shape[1:]).copy_(rows[first : first + count])
+
+
+def _numpy_source(name: str, field: Field, array: numpy.ndarray[Any, Any]) -> _Source:
+    import numpy
+
+    if not array.dtype.isnative:
+        raise IncompatibleSchema(
+            f"field {name!r} is {array.dtype.str}, which is not the byte order of this machine"
+        )
+    _check(name, field, array.dtype.name, array.shape)
+    if array.flags.c_contiguous:
+        flat = array.reshape(-1).view(numpy.uint8).data if array.size else memoryview(b"")
+        return _Source(len(array), flat, array.ctypes.data, None)
+    size = array.dtype.itemsize
+    rows = numpy.asarray(array).view(f"u{size}" if size <= 8 else array.dtype)
+    return _Source(len(rows), None, None, partial(_copy_numpy, rows))
+
+
+def _copy_numpy(rows: numpy.ndarray[Any, Any], target: memoryview, first: int, count: int) -> None:
+    import numpy
+
+    flat = numpy.frombuffer(target, dtype=rows.dtype)
+    numpy.copyto(flat.reshape(count, *rows.shape[1:]), rows[first : first + count])
+
+
+def _from_dlpack(name: str, tensor: object) -> object:
+    """Return a torch tensor or a numpy array over the memory of `tensor`.
+
+    What is imported already comes first; each can read what the other cannot.
+    """
+    reasons = []
+    for library in sorted(("torch", "numpy"), key=lambda library: library not in sys.modules):
+        try:
+            return importlib.import_module(library).from_dlpack(tensor)
+        except Exception as exc:  # the exporter's own code runs here and may raise anything
+            reasons.append(f"{library}: {exc}")
+    raise IncompatibleSchema(
+        f"field {name!r}: cannot read {type(tensor).__name__} by DLPack ({'; '.join(reasons)})"
+    )
+
+
+def _bytes_source(name: str, field: Field, source: object) -> _Source:
+    try:
+        memory = memoryview(source)  # type: ignore[arg-type]
+    except (TypeError, ValueError, BufferError) as exc:
+        raise IncompatibleSchema(
+            f"field {name!r} must be a tensor or bytes, got {type(source).__name__}"
+        ) from exc
+    if memory.itemsize != 1 or not memory.c_contiguous:
+        raise IncompatibleSchema(
+            f"field {name!r} must be dense bytes, got items of {memory.itemsize} bytes "
+            f"(format {memory.format!r}) in strides of {memory.strides}"
+        )
+    num_tokens, left_over = divmod(memory.nbytes, field.row_nbytes)
+    if left_over:
+        raise IncompatibleSchema(
+            f"field {name!r} has {memory.nbytes} bytes, which is no whole number of rows of "
+            f"{field.row_nbytes}"
+        )
+    flat = memory.cast("B") if memory.nbytes else memoryview(b"")
+    return _Source(num_tokens, flat, None if flat.readonly else address_of(flat), None)
