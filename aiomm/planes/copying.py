@@ -1,15 +1,18 @@
-"""What every plane does with runs: check their bounds, copy them, on a thread when that is long."""
+"""What planes do with runs: check their bounds, and copy long ones on a thread."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from ..errors import PlaneUnavailable
 from .base import Run
 
-__all__ = ["Copies", "CopyThread", "check_runs", "copy_run"]
+__all__ = ["Copies", "CopyThread", "check_runs"]
+
+Result = TypeVar("Result")
 
 
 def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
@@ -33,19 +36,6 @@ def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
             )
         total += nbytes
     return total
-
-
-def copy_run(run: Run, target: memoryview) -> None:
-    """Copy `run` to `target`, which has exactly its size. Dense rows keep the GIL.
-
-    Keeping it is what makes this right for small runs: beside a busy Python thread taking
-    the GIL back costs a switch interval of 5 ms, a hundred times the copy.
-    """
-    source = run.rows.view(run.first, run.count)
-    if source is None:
-        run.rows.copy_into(target, run.first, run.count)
-    else:
-        target[:] = source
 
 
 class CopyThread:
@@ -72,21 +62,22 @@ class CopyThread:
             self._executor.shutdown()
             self._executor = None
 
-    def start(self, copy: Callable[[], None]) -> asyncio.Future[None]:
-        """Run `copy` on the thread; the future tells of its end, in one hand-back."""
+    def start(self, work: Callable[[], Result]) -> asyncio.Future[Result]:
+        """Run `work` on the thread; the future tells of its end, in one hand-back."""
         loop = asyncio.get_running_loop()
-        finished: asyncio.Future[None] = loop.create_future()
+        finished: asyncio.Future[Result] = loop.create_future()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"aiomm-{self._name}")
 
         def job() -> None:
+            result: Any = None
             error: BaseException | None = None
             try:
-                copy()
+                result = work()
             except BaseException as exc:
                 error = exc
             try:
-                loop.call_soon_threadsafe(_finish, finished, error)
+                loop.call_soon_threadsafe(_finish, finished, result, error)
             except RuntimeError:
                 # The loop was closed in the meantime; nobody waits any more.
                 return
@@ -100,16 +91,16 @@ class Copies:
 
     def __init__(self, thread: CopyThread) -> None:
         self._thread = thread
-        self._running: set[asyncio.Future[None]] = set()
+        self._running: set[asyncio.Future[Any]] = set()
         self._is_closed = False
         thread.hold()
 
-    async def run(self, copy: Callable[[], None]) -> None:
-        """Run `copy` on the thread. Cancelling the wait does not stop the copy."""
-        finished = self._thread.start(copy)
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on the thread. Cancelling the wait does not stop it."""
+        finished = self._thread.start(work)
         self._running.add(finished)
         finished.add_done_callback(self._running.discard)
-        await asyncio.shield(finished)
+        return await asyncio.shield(finished)
 
     async def drain(self) -> None:
         """Return once no copy runs."""
@@ -124,10 +115,10 @@ class Copies:
             self._thread.let_go()
 
 
-def _finish(finished: asyncio.Future[None], error: BaseException | None) -> None:
+def _finish(finished: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
     if finished.cancelled():
         return
     if error is None:
-        finished.set_result(None)
+        finished.set_result(result)
     else:
         finished.set_exception(error)

@@ -21,7 +21,8 @@ from ..buffers.arena import Arena
 from ..buffers.layout import ByteRange
 from ..errors import PlaneUnavailable
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import check_runs, copy_run
+from .copying import check_runs
+from .permits import Permits
 
 __all__ = ["Faults", "MemoryPlane"]
 
@@ -102,6 +103,8 @@ class MemoryPlane(Plane):
         if export is None:
             raise PlaneUnavailable("memory: no such arena in this process")
         peer = int.from_bytes(offer[_TOKEN_NBYTES:], "big")
+        if peer not in export.peers:
+            raise PlaneUnavailable("memory: the receiver knows no such sender")
         return _MemoryArena(export, peer, self.faults)
 
 
@@ -111,8 +114,8 @@ _TOKEN_NBYTES = 16
 class _MemoryExport(Export):
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self.forgotten: set[int] = set()
-        self._permits: dict[GrantKey, list[ByteRange]] = {}
+        self.peers: set[int] = set()
+        self.permits = Permits()
         self._token = secrets.token_bytes(_TOKEN_NBYTES)
         _exports[self._token] = self
 
@@ -121,26 +124,19 @@ class _MemoryExport(Export):
         return self._token not in _exports
 
     def offer(self, peer: int) -> bytes:
-        self.forgotten.discard(peer)
+        self.peers.add(peer)
         return self._token + peer.to_bytes(8, "big")
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
-        self._permits[grant] = list(ranges)
+        self.permits.add(grant, ranges)
 
     def revoke(self, grant: GrantKey) -> bool:
-        self._permits.pop(grant, None)
+        self.permits.withdraw(grant)
         return False
 
     def forget(self, peer: int) -> None:
-        self.forgotten.add(peer)
-        for grant in [grant for grant in self._permits if grant.peer == peer]:
-            del self._permits[grant]
-
-    def permits(self, grant: GrantKey, run: Run) -> bool:
-        return any(
-            part.start <= run.offset and run.offset + run.nbytes <= part.stop
-            for part in self._permits.get(grant, ())
-        )
+        self.peers.discard(peer)
+        self.permits.withdraw_all(peer)
 
     async def aclose(self) -> None:
         _exports.pop(self._token, None)
@@ -158,8 +154,8 @@ class _MemoryArena(RemoteArena):
         self._check_open()
         check_runs(runs, self._export.arena.nbytes)
         full = [run for run in runs if run.nbytes]
-        own = grant._replace(peer=self._peer)
-        if not all(self._export.permits(own, run) for run in full):
+        permit = self._export.permits.get(grant._replace(peer=self._peer))
+        if full and not (permit and all(permit.covers(run.offset, run.nbytes) for run in full)):
             raise PlaneUnavailable("memory: the receiver has not granted these bytes")
         if (grant.generation, grant.sequence) == (0, 0):
             self._copy(full)
@@ -192,9 +188,10 @@ class _MemoryArena(RemoteArena):
     def _check_open(self) -> None:
         if self._is_closed:
             raise PlaneUnavailable("memory: detached")
-        if self._export.is_closed or self._peer in self._export.forgotten:
-            raise PlaneUnavailable("memory: the receiver has closed its arena")
+        if self._export.is_closed or self._peer not in self._export.peers:
+            raise PlaneUnavailable("memory: the receiver has closed its arena or forgotten us")
 
     def _copy(self, runs: Sequence[Run]) -> None:
         for run in runs:
-            copy_run(run, self._export.arena.view(run.offset, run.nbytes))
+            target = self._export.arena.view(run.offset, run.nbytes)
+            run.rows.copy_into(target, run.first, run.count)

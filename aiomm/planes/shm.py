@@ -9,7 +9,6 @@ connection's end tells the sender that its receiver is gone.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import hmac
 import logging
 import os
@@ -18,6 +17,7 @@ import socket
 import struct
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, ClassVar, cast
 
 import msgspec
@@ -25,9 +25,9 @@ from msgspec import Meta
 
 from ..buffers.arena import Arena
 from ..buffers.shm import MemfdArena, map_peer
-from ..errors import AiommError, PlaneUnavailable
+from ..errors import PlaneUnavailable
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import Copies, CopyThread, check_runs, copy_run
+from .copying import Copies, CopyThread, check_runs
 
 __all__ = ["ShmPlane"]
 
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 INLINE_NBYTES = 1 << 20
 """Up to here a write is copied on the loop thread: it takes less than the hand-over."""
-GIL_NBYTES = 1 << 16
-"""Up to here even the copy thread keeps the GIL: taking it back costs more than the copy."""
 HANDSHAKE_SECONDS = 5.0
 MAX_STRANGERS = 64
 BACKLOG = 1024
@@ -48,7 +46,7 @@ REFUSED = "the receiver refuses this process: another user, or the offer is not 
 class _Offer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
     name: Annotated[bytes, Meta(min_length=16, max_length=16)]
     secret: Annotated[bytes, Meta(min_length=SECRET_NBYTES, max_length=SECRET_NBYTES)]
-    nbytes: Annotated[int, Meta(ge=0)]
+    nbytes: Annotated[int, Meta(ge=1)]
 
 
 class ShmPlane(Plane):
@@ -96,14 +94,14 @@ class ShmPlane(Plane):
         except (msgspec.MsgspecError, RecursionError) as exc:
             raise PlaneUnavailable(f"shm: not an offer: {exc}") from exc
         connection, descriptor = await _redeem(decoded)
+        copies = Copies(self._thread)
         try:
-            arena = map_peer(descriptor, decoded.nbytes)
-        except (OSError, AiommError) as exc:
+            memory = await copies.run(partial(_map, descriptor, decoded.nbytes))
+        except BaseException:
             connection.close()
-            raise PlaneUnavailable(f"shm: cannot map the receiver's arena: {exc}") from exc
-        finally:
-            os.close(descriptor)
-        return _ShmArena(arena, connection, self._thread)
+            await copies.aclose()
+            raise
+        return _ShmArena(memory, connection, copies)
 
 
 class _ShmExport(Export):
@@ -226,24 +224,23 @@ class _Handover(asyncio.Protocol):
 
 
 class _ShmArena(RemoteArena):
-    def __init__(self, arena: Arena, connection: socket.socket, thread: CopyThread) -> None:
-        self._arena = arena
+    def __init__(self, memory: memoryview, connection: socket.socket, copies: Copies) -> None:
+        self._memory = memory
         self._connection = connection
-        self._copies = Copies(thread)
-        self._gone: str | None = None
-        if arena.nbytes:
-            first_byte = ctypes.c_char.from_buffer(arena.view(0, arena.nbytes))
-            self._address = ctypes.addressof(first_byte)
+        self._copies = copies
+        self.ended = asyncio.Event()
+        """Set when nothing can be written any more."""
+        self._why = ""
         asyncio.get_running_loop().add_reader(connection.fileno(), self._hear)
 
     async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
-        if self._gone is not None:
-            raise PlaneUnavailable(f"shm: {self._gone}")
-        if check_runs(runs, self._arena.nbytes) > INLINE_NBYTES:
-            await self._copies.run(lambda: self._copy(runs))
-            return
-        for run in runs:
-            copy_run(run, self._arena.view(run.offset, run.nbytes))
+        if self.ended.is_set():
+            raise PlaneUnavailable(f"shm: {self._why}")
+        is_short = check_runs(runs, len(self._memory)) <= INLINE_NBYTES
+        if is_short and all(run.rows.device == "cpu" for run in runs):
+            self._copy(runs)
+        else:
+            await self._copies.run(partial(self._copy, runs))
 
     async def quiesce(self) -> None:
         await self._copies.drain()
@@ -251,25 +248,25 @@ class _ShmArena(RemoteArena):
     async def aclose(self) -> None:
         self._leave("detached")
         await self._copies.aclose()
-        self._arena.close()
+        # Unmapped here, unless somebody outside still holds a piece of it.
+        self._memory = memoryview(b"")
 
     def _copy(self, runs: Sequence[Run]) -> None:
         for run in runs:
-            source = run.rows.address(run.first) if run.nbytes > GIL_NBYTES else None
-            if source is None:
-                copy_run(run, self._arena.view(run.offset, run.nbytes))
-            else:
-                ctypes.memmove(self._address + run.offset, source, run.nbytes)
+            target = self._memory[run.offset : run.offset + run.nbytes]
+            run.rows.copy_into(target, run.first, run.count)
 
     def _hear(self) -> None:
         """The exporter has nothing to say, so whatever is heard is the end."""
         self._leave("the receiver has closed its arena or died")
 
     def _leave(self, why: str) -> None:
-        if self._gone is None:
-            asyncio.get_running_loop().remove_reader(self._connection.fileno())
-            self._connection.close()
-        self._gone = why
+        if self.ended.is_set():
+            return
+        self.ended.set()
+        self._why = why
+        asyncio.get_running_loop().remove_reader(self._connection.fileno())
+        self._connection.close()
 
 
 async def _redeem(offer: _Offer) -> tuple[socket.socket, int]:
@@ -302,6 +299,14 @@ def _explain(exc: OSError) -> str:
             return f"the receiver has not answered for {HANDSHAKE_SECONDS} s"
         case _:
             return f"the receiver cannot be reached: {exc}"
+
+
+def _map(descriptor: int, nbytes: int) -> memoryview:
+    """Map the arena, which takes 0.1 ms per MiB, and close the descriptor."""
+    try:
+        return map_peer(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
 
 
 def _take_descriptor(connection: socket.socket) -> int:

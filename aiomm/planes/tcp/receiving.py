@@ -6,7 +6,6 @@ import asyncio
 import hmac
 import logging
 import secrets
-from bisect import bisect_right
 from collections.abc import Sequence
 from typing import cast
 
@@ -16,6 +15,7 @@ from ...buffers.arena import Arena
 from ...buffers.layout import ByteRange
 from ...errors import PlaneUnavailable, ProtocolError
 from ..base import Export, GrantKey
+from ..permits import Permit, Permits
 from .wire import (
     GREETING,
     KEY_NBYTES,
@@ -44,20 +44,6 @@ HEAD_NBYTES = 1 << 16
 long one only what lies behind its header is copied."""
 
 
-class Permit:
-    """What one grant may touch, until it is withdrawn."""
-
-    def __init__(self, ranges: Sequence[ByteRange]) -> None:
-        self.ranges = _merged(ranges)
-        self.is_withdrawn = False
-        self._starts = [part.start for part in self.ranges]
-
-    def covers(self, offset: int, nbytes: int) -> bool:
-        """Whether every byte of `[offset, offset + nbytes)` may be written."""
-        index = bisect_right(self._starts, offset) - 1
-        return index >= 0 and offset + nbytes <= self.ranges[index].stop
-
-
 class TcpExport(Export):
     """One arena, open to senders that show their key."""
 
@@ -66,10 +52,10 @@ class TcpExport(Export):
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}
         """Connections that have not shown a key yet, oldest first."""
+        self.permits = Permits()
         self.is_closed = False
         self._advertise = advertise
         self._keys: dict[int, bytes] = {}
-        self._permits: dict[GrantKey, Permit] = {}
         self._scratch: memoryview | None = None
         self._has_warned = False
 
@@ -93,25 +79,17 @@ class TcpExport(Export):
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
         """Let writes under `grant` touch `ranges`, and nothing else."""
-        permit = Permit(ranges)
-        known = self._permits.get(grant)
-        if known is not None and known.ranges == permit.ranges:
-            return
-        self.revoke(grant)
-        self._permits[grant] = permit
+        self.permits.add(grant, ranges)
 
     def revoke(self, grant: GrantKey) -> bool:
         """Withdraw `grant`: what still arrives of it is thrown away, also half way."""
-        permit = self._permits.pop(grant, None)
-        if permit is not None:
-            permit.is_withdrawn = True
+        self.permits.withdraw(grant)
         return True
 
     def forget(self, peer: int) -> None:
         """Void the key and grants of `peer` and close its connections."""
         self._keys.pop(peer, None)
-        for grant in [grant for grant in self._permits if grant.peer == peer]:
-            self.revoke(grant)
+        self.permits.withdraw_all(peer)
         for connection in list(self.connections):
             if connection.peer == peer:
                 connection.abort()
@@ -120,18 +98,13 @@ class TcpExport(Export):
         """Stop listening and close every connection. Idempotent."""
         self.is_closed = True
         self._keys.clear()
-        for grant in list(self._permits):
-            self.revoke(grant)
+        self.permits.withdraw_all()
         self._server.close()
         for connection in list(self.connections):
             connection.abort()
         if self.connections:
             await asyncio.wait([connection.lost for connection in self.connections])
         await self._server.wait_closed()
-
-    def permit_for(self, grant: GrantKey) -> Permit | None:
-        """Return what `grant` may touch."""
-        return self._permits.get(grant)
 
     def knows(self, peer: int, key: bytes) -> bool:
         """Whether `key` is the key of `peer`; takes the same time for every wrong key."""
@@ -275,7 +248,7 @@ class Connection(asyncio.BufferedProtocol):
         if header is None:
             return 0
         grant = GrantKey(self.peer, header.generation, header.sequence)
-        self._incoming = Incoming(header, self._export.permit_for(grant))
+        self._incoming = Incoming(header, self._export.permits.get(grant))
         self._end_if_complete()
         return header.nbytes
 
@@ -310,14 +283,3 @@ class Connection(asyncio.BufferedProtocol):
     def _leave_strangers(self) -> None:
         self._deadline.cancel()
         self._export.strangers.pop(self, None)
-
-
-def _merged(ranges: Sequence[ByteRange]) -> list[ByteRange]:
-    """Return `ranges` in ascending order with the adjacent ones joined."""
-    merged: list[ByteRange] = []
-    for start, stop in sorted(ranges):
-        if merged and start <= merged[-1].stop:
-            merged[-1] = ByteRange(merged[-1].start, max(stop, merged[-1].stop))
-        else:
-            merged.append(ByteRange(start, stop))
-    return merged

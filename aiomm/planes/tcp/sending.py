@@ -82,7 +82,7 @@ class TcpArena(RemoteArena):
 
     async def _connected(self) -> DataConnection:
         async with self._connecting:
-            if self._connection.is_lost and not self._is_closed:
+            if self._connection.ended.is_set() and not self._is_closed:
                 self._connection = await connect(self._offer)
         return self._connection
 
@@ -97,14 +97,11 @@ class DataConnection:
         self._turn = asyncio.Lock()
         self._unanswered: deque[asyncio.Future[Status]] = deque()
         self._writable: asyncio.Future[None] | None = None
-        self._lost: str | None = None
+        self.ended = asyncio.Event()
+        """Set when nothing can be written any more."""
+        self._why = ""
         self._packed: memoryview | None = None
         self._loop.add_reader(connection.fileno(), self._hear)
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether nothing can be written any more."""
-        return self._lost is not None
 
     async def write(self, grant: GrantKey, runs: Sequence[Run], copies: Copies) -> None:
         """Send one header and its bytes, then wait for their status."""
@@ -126,9 +123,10 @@ class DataConnection:
 
     def lose(self, why: str) -> None:
         """Close the connection and fail every write that waits on it. Idempotent."""
-        if self._lost is not None:
+        if self.ended.is_set():
             return
-        self._lost = why
+        self.ended.set()
+        self._why = why
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
@@ -141,8 +139,8 @@ class DataConnection:
                 answer.exception()
 
     def _check(self) -> None:
-        if self._lost is not None:
-            raise PlaneUnavailable(f"tcp: {self._lost}")
+        if self.ended.is_set():
+            raise PlaneUnavailable(f"tcp: {self._why}")
 
     def _hear(self) -> None:
         """Take statuses from the socket."""
@@ -215,7 +213,7 @@ class DataConnection:
         try:
             await self._writable
         finally:
-            if self._lost is None:
+            if not self.ended.is_set():
                 self._loop.remove_writer(self._socket.fileno())
 
 
@@ -305,10 +303,10 @@ def _pieces(run: Run, max_nbytes: int) -> Iterator[Run]:
 
 async def _pack(run: Run, target: memoryview, copies: Copies) -> None:
     copy = functools.partial(run.rows.copy_into, target, run.first, run.count)
-    if run.nbytes > PACK_INLINE_NBYTES:
-        await copies.run(copy)
-    else:
+    if run.nbytes <= PACK_INLINE_NBYTES and run.rows.device == "cpu":
         copy()
+    else:
+        await copies.run(copy)
 
 
 def _bounded(buffers: Sequence[memoryview]) -> Iterator[memoryview]:

@@ -1,0 +1,464 @@
+"""The TCP plane passes the contract, and lets nobody write what was not granted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+
+import pytest
+import torch
+
+from aiomm.buffers.arena import Arena, HostArena
+from aiomm.buffers.layout import ByteRange
+from aiomm.buffers.tensors import TokenRows
+from aiomm.errors import PlaneUnavailable
+from aiomm.planes.base import GrantKey, Plane, Run
+from aiomm.planes.copying import CopyThread
+from aiomm.planes.tcp import TcpPlane, receiving, sending, wire
+from aiomm.planes.tcp.wire import Status
+
+from .contract import (
+    ARENA_NBYTES,
+    BACKGROUND,
+    GRANT,
+    PEER,
+    Link,
+    PlaneContract,
+    bytes_of,
+    expected_content,
+    random_rows,
+    strided_rows,
+    whole,
+)
+
+
+class ByHand:
+    """A sender made of a plain socket, which may stop at any byte."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def connect(cls, link: Link) -> ByHand:
+        """Connect without a word."""
+        offer = wire.decode_offer(link.export.offer(PEER))
+        return cls(*await asyncio.open_connection(offer.host, offer.port))
+
+    @classmethod
+    async def admitted(cls, link: Link) -> ByHand:
+        """Connect and show the key."""
+        by_hand = await cls.connect(link)
+        by_hand.writer.write(wire.encode_preamble(wire.decode_offer(link.export.offer(PEER))))
+        greeting = await by_hand.reader.readexactly(wire.GREETING.size)
+        assert wire.parse_greeting(greeting) == link.arena.nbytes
+        return by_hand
+
+    async def status(self) -> Status:
+        """Return the next status."""
+        return Status((await self.reader.readexactly(1))[0])
+
+    async def is_cut_off(self) -> bool:
+        """Wait for the end of the connection."""
+        try:
+            return await self.reader.read() == b""
+        except ConnectionResetError:
+            return True
+
+    async def aclose(self) -> None:
+        """Hang up."""
+        self.writer.close()
+        try:
+            await self.writer.wait_closed()
+        except ConnectionError:
+            return
+
+
+def header(*pieces: tuple[int, int], grant: GrantKey = GRANT) -> bytes:
+    """Return a header for `pieces` of offset and length, valid or not."""
+    packed = wire.HEADER.pack(wire.HEADER_MAGIC, len(pieces), grant.generation, grant.sequence)
+    return packed + b"".join(wire.PIECE.pack(*piece) for piece in pieces)
+
+
+class WatchedArena(HostArena):
+    """An arena that tells when a plane was given a piece of it to write to."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(nbytes)
+        self.touched = asyncio.Event()
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        # The bytes are in place when the callback that asks for memory has ended.
+        asyncio.get_running_loop().call_soon(self.touched.set)
+        return super().view(offset, nbytes)
+
+
+async def until_received(link: Link, nbytes: int) -> None:
+    """Wait until the first `nbytes` bytes of the arena have all changed."""
+    assert isinstance(link.arena, WatchedArena)
+    first_bytes = HostArena.view(link.arena, 0, nbytes)
+    while BACKGROUND in bytes(first_bytes):
+        link.arena.touched.clear()
+        await link.arena.touched.wait()
+
+
+class TestTcpPlane(PlaneContract):
+    def make_plane(self) -> Plane:
+        return TcpPlane()
+
+    def make_arena(self, nbytes: int) -> Arena:
+        return WatchedArena(nbytes)
+
+    # -- what is granted ----------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        "granted",
+        [
+            [],
+            [ByteRange(0, 63)],
+            [ByteRange(1, 64)],
+            [ByteRange(0, 32), ByteRange(33, 64)],
+            [ByteRange(64, 4096)],
+        ],
+    )
+    async def test_refuses_what_is_not_granted(self, link: Link, granted: list[ByteRange]) -> None:
+        link.export.permit(GRANT, granted)
+        with pytest.raises(PlaneUnavailable, match="not granted"):
+            await link.remote.write(GRANT, [whole(random_rows(4, 16), 0)])
+        assert link.content() == expected_content(ARENA_NBYTES)
+
+    async def test_one_bad_run_spoils_the_write(self, link: Link) -> None:
+        tensor = random_rows(4, 16)
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        with pytest.raises(PlaneUnavailable, match="not granted"):
+            await link.remote.write(GRANT, [whole(tensor, 0), whole(tensor, 64)])
+        assert link.content() == expected_content(ARENA_NBYTES)
+
+    async def test_adjacent_ranges_are_one(self, link: Link) -> None:
+        tensor = random_rows(4, 16)
+        link.export.permit(GRANT, [ByteRange(32, 64), ByteRange(0, 32)])
+        await link.remote.write(GRANT, [whole(tensor, 0)])
+        assert link.content() == expected_content(ARENA_NBYTES, (0, tensor))
+
+    @pytest.mark.parametrize("field", ["peer", "generation", "sequence"])
+    async def test_a_grant_is_good_for_itself_only(self, link: Link, field: str) -> None:
+        link.export.permit(GRANT._replace(**{field: 99}), [ByteRange(0, 64)])
+        with pytest.raises(PlaneUnavailable, match="not granted"):
+            await link.remote.write(GRANT, [whole(random_rows(4, 16), 0)])
+
+    async def test_the_key_says_who_writes_not_the_sender(self, link: Link) -> None:
+        other = GRANT._replace(peer=PEER + 1)
+        link.export.permit(other, [ByteRange(0, 64)])
+        with pytest.raises(PlaneUnavailable, match="not granted"):
+            await link.remote.write(other, [whole(random_rows(4, 16), 0)])
+
+    async def test_a_revoked_grant_is_refused(self, link: Link) -> None:
+        tensor = random_rows(4, 16)
+        await link.write([whole(tensor, 0)])
+        assert link.export.revoke(GRANT) is True
+        with pytest.raises(PlaneUnavailable, match="not granted"):
+            await link.remote.write(GRANT, [whole(tensor, 64)])
+        assert link.content() == expected_content(ARENA_NBYTES, (0, tensor))
+
+    async def test_a_grant_told_again_disturbs_no_write(self, link: Link) -> None:
+        by_hand = await ByHand.admitted(link)
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        by_hand.writer.write(header((0, 64)) + bytes(32))
+        await until_received(link, 32)
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        by_hand.writer.write(bytes(32))
+        assert await by_hand.status() is Status.LANDED
+        await by_hand.aclose()
+
+    @pytest.mark.parametrize("nbytes", [200, 1 << 19])
+    async def test_a_grant_revoked_half_way_lets_nothing_more_in(
+        self, link: Link, nbytes: int
+    ) -> None:
+        by_hand = await ByHand.admitted(link)
+        link.export.permit(GRANT, [ByteRange(0, nbytes)])
+        half = nbytes // 2
+        by_hand.writer.write(header((0, nbytes)) + bytes(half))
+        await until_received(link, half)
+        assert link.export.revoke(GRANT) is True
+        before = link.content()
+        by_hand.writer.write(bytes(half))
+        assert await by_hand.status() is Status.REVOKED
+        assert link.content() == before
+        # The connection is still in step.
+        link.export.permit(GRANT, [ByteRange(half, nbytes)])
+        by_hand.writer.write(header((half, half)) + b"\x01" * half)
+        assert await by_hand.status() is Status.LANDED
+        assert link.content()[half:nbytes] == b"\x01" * half
+        await by_hand.aclose()
+
+    async def test_a_sender_is_told_that_its_grant_was_withdrawn(self) -> None:
+        link = await self.open_link(32 << 20)
+        write = asyncio.create_task(link.write([whole(torch.zeros(8192, 1024), 0)]))
+        await until_received(link, 1024)
+        link.export.revoke(GRANT)
+        with pytest.raises(PlaneUnavailable, match="withdrawn"):
+            await write
+        await link.remote.quiesce()
+        tensor = random_rows(4, 16)
+        await link.write([whole(tensor, 0)], GRANT._replace(sequence=2))
+        assert link.content()[:64] == bytes_of(tensor)
+        await link.aclose()
+
+    # -- one byte at a time -------------------------------------------------------------
+
+    async def test_every_cut_of_the_stream_is_understood(self, link: Link) -> None:
+        by_hand = await ByHand.connect(link)
+        offer = wire.decode_offer(link.export.offer(PEER))
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        stream = wire.encode_preamble(offer) + header((0, 5), (32, 0), (10, 3)) + b"12345abc"
+        for byte in stream:
+            by_hand.writer.write(bytes([byte]))
+            await asyncio.sleep(0)
+        await by_hand.reader.readexactly(wire.GREETING.size)
+        assert await by_hand.status() is Status.LANDED
+        assert link.content()[:13] == b"12345" + bytes([BACKGROUND]) * 5 + b"abc"
+        await by_hand.aclose()
+
+    async def test_many_small_writes_in_one_packet(self, link: Link) -> None:
+        by_hand = await ByHand.admitted(link)
+        link.export.permit(GRANT, [ByteRange(0, 5000)])
+        stream = b"".join(header((index, 1)) + bytes([index % 251]) for index in range(5000))
+        by_hand.writer.write(stream)
+        for _ in range(5000):
+            assert await by_hand.status() is Status.LANDED
+        assert link.content()[:5000] == bytes(index % 251 for index in range(5000))
+        await by_hand.aclose()
+
+    # -- strangers and broken peers -----------------------------------------------------
+
+    @pytest.mark.parametrize(
+        "spoken",
+        [
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\x16\x03\x01",
+            b"x",
+            b"\0" * 200_000,
+            b"aiommT02" + bytes(24),
+        ],
+    )
+    async def test_foreign_traffic_is_cut_off(
+        self, link: Link, spoken: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        stranger = await ByHand.connect(link)
+        stranger.writer.write(spoken)
+        assert await stranger.is_cut_off()
+        assert "foreign traffic" in caplog.text
+        await stranger.aclose()
+        await link.write([whole(random_rows(4, 16), 0)])
+
+    async def test_misbehaviour_is_warned_of_once(
+        self, link: Link, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.WARNING)
+        for _ in range(3):
+            stranger = await ByHand.connect(link)
+            stranger.writer.write(b"hello")
+            assert await stranger.is_cut_off()
+            await stranger.aclose()
+        assert caplog.text.count("foreign traffic") == 1
+
+    async def test_a_wrong_key_is_refused(self, link: Link) -> None:
+        offer = wire.decode_offer(link.export.offer(PEER))
+        for peer, key in ((PEER, bytes(16)), (PEER + 1, offer.key), (PEER + 1, bytes(16))):
+            wrong = wire.Offer(offer.host, offer.port, peer, key)
+            with pytest.raises(PlaneUnavailable, match="refuses"):
+                await sending.connect(wrong)
+
+    async def test_a_silent_stranger_is_cut_off_in_time(
+        self, link: Link, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(receiving, "HANDSHAKE_SECONDS", 0.02)
+        stranger = await ByHand.connect(link)
+        assert await stranger.is_cut_off()
+        await stranger.aclose()
+
+    async def test_silent_strangers_are_bounded(self, link: Link) -> None:
+        strangers = [await ByHand.connect(link) for _ in range(receiving.MAX_STRANGERS + 4)]
+        for stranger in strangers[:4]:
+            assert await stranger.is_cut_off()
+        second = await link.plane.attach(link.export.offer(PEER))
+        await second.aclose()
+        for stranger in strangers:
+            await stranger.aclose()
+
+    @pytest.mark.parametrize(
+        "spoken",
+        [
+            bytes(wire.HEADER.size),
+            b"\xff" * 100,
+            header(),
+            struct.pack("!IIQQ", wire.HEADER_MAGIC, wire.MAX_RUNS + 1, 1, 1),
+            header((0, ARENA_NBYTES + 1)),
+            header((0, 2**64 - 1)),
+            header((0, ARENA_NBYTES), (0, 1)),
+        ],
+    )
+    async def test_a_malformed_header_costs_only_its_connection(
+        self, link: Link, spoken: bytes
+    ) -> None:
+        link.export.permit(GRANT, [ByteRange(0, ARENA_NBYTES)])
+        by_hand = await ByHand.admitted(link)
+        by_hand.writer.write(spoken)
+        assert await by_hand.is_cut_off()
+        await by_hand.aclose()
+        assert link.content() == expected_content(ARENA_NBYTES)
+        await link.write([whole(random_rows(4, 16), 0)])
+
+    @pytest.mark.parametrize("offset", [ARENA_NBYTES, ARENA_NBYTES - 1, 2**64 - 1])
+    async def test_a_header_beyond_the_arena_is_refused(self, link: Link, offset: int) -> None:
+        link.export.permit(GRANT, [ByteRange(0, ARENA_NBYTES)])
+        by_hand = await ByHand.admitted(link)
+        by_hand.writer.write(header((offset, 2)) + b"ab")
+        assert await by_hand.status() is Status.NOT_PERMITTED
+        await by_hand.aclose()
+        assert link.content() == expected_content(ARENA_NBYTES)
+
+    async def test_a_sender_that_reads_no_status_is_read_no_more(self, link: Link) -> None:
+        assert isinstance(link.export, receiving.TcpExport)
+        connection, transport = receiving.Connection(link.export), RecordingTransport()
+        connection.connection_made(transport)
+        connection.pause_writing()
+        assert transport.calls == ["pause_reading"]
+        connection.resume_writing()
+        assert transport.calls == ["pause_reading", "resume_reading"]
+        connection.connection_lost(None)
+
+    # -- lost connections ---------------------------------------------------------------
+
+    async def test_a_lost_connection_fails_its_writes_and_is_made_anew(self) -> None:
+        link = await self.open_link(32 << 20)
+        assert isinstance(link.export, receiving.TcpExport)
+        tensor = torch.zeros(8192, 1024)
+        write = asyncio.create_task(link.write([whole(tensor, 0)]))
+        await until_received(link, 1024)
+        for connection in link.export.connections:
+            connection.abort()
+        with pytest.raises(PlaneUnavailable):
+            await write
+        await link.remote.quiesce()
+        await link.write([whole(tensor, 0)])
+        assert link.content() == bytes_of(tensor)
+        await link.aclose()
+
+    async def test_a_receiver_that_cannot_be_reached_again(self, link: Link) -> None:
+        await link.export.aclose()
+        for _ in range(2):
+            with pytest.raises(PlaneUnavailable):
+                await link.remote.write(GRANT, [whole(random_rows(4, 16), 0)])
+
+    async def test_rows_that_fail_break_off_the_write_and_no_later_one(self, link: Link) -> None:
+        def fail(target: memoryview, first: int, count: int) -> None:
+            raise RuntimeError("on demand")
+
+        tensor = strided_rows(4, 16)
+        run = whole(tensor, 0)
+        failing = TokenRows("rows", run.rows.field, tensor, run.rows._source._replace(copy=fail))
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        with pytest.raises(RuntimeError, match="on demand"):
+            await link.remote.write(GRANT, [Run(failing, 0, 4, 0)])
+        await link.remote.quiesce()
+        await link.write([run])
+        assert link.content() == expected_content(ARENA_NBYTES, (0, tensor))
+
+    @pytest.mark.parametrize("answer", [b"\x07", b"\x00"])
+    async def test_a_receiver_that_answers_nonsense_is_left(self, answer: bytes) -> None:
+        async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(wire.PREAMBLE.size)
+            writer.write(wire.GREETING.pack(wire.MAGIC, 4096))
+            if answer == b"\x07":
+                await reader.readexactly(1)
+            writer.write(answer)
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(speak, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        connection = await sending.connect(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
+        remote = sending.TcpArena(
+            wire.Offer("127.0.0.1", port, PEER, bytes(16)), connection, CopyThread("tcp")
+        )
+        if answer == b"\x00":
+            await connection.ended.wait()
+        else:
+            with pytest.raises(PlaneUnavailable, match="nonsense"):
+                await remote.write(GRANT, [whole(random_rows(4, 16), 0)])
+        await remote.aclose()
+        server.close()
+        await server.wait_closed()
+
+    async def test_a_listener_of_something_else_is_unavailable(self) -> None:
+        async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"220 smtp.example.org ESMTP ready\r\n")
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(speak, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(PlaneUnavailable, match="no receiver"):
+            await sending.connect(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
+        server.close()
+        await server.wait_closed()
+
+    async def test_a_listener_that_is_silent_is_unavailable(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sending, "CONNECT_SECONDS", 0.02)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            with pytest.raises(PlaneUnavailable, match="silent"):
+                await sending.connect(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
+
+    # -- addresses ----------------------------------------------------------------------
+
+    async def test_a_taken_port_is_unavailable(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            plane = TcpPlane(port=listener.getsockname()[1])
+            with pytest.raises(PlaneUnavailable, match="cannot listen"):
+                await plane.export(HostArena(4096))
+
+    def test_a_wildcard_needs_an_address_to_advertise(self) -> None:
+        for wildcard in ("", "*", "0.0.0.0", "::"):
+            with pytest.raises(ValueError, match="advertise"):
+                TcpPlane(bind=wildcard)
+
+    @pytest.mark.parametrize(
+        ("bind", "advertise"),
+        [("::1", None), ("::", "::1"), ("*", "127.0.0.1"), ("127.0.0.1", "localhost")],
+    )
+    async def test_addresses(self, bind: str, advertise: str | None) -> None:
+        plane = TcpPlane(bind=bind, advertise=advertise)
+        arena = HostArena(4096)
+        export = await plane.export(arena)
+        remote = await plane.attach(export.offer(PEER))
+        tensor = random_rows(4, 16)
+        link = Link(plane, arena, export, remote)
+        await link.write([whole(tensor, 0)])
+        assert link.content()[:64] == bytes_of(tensor)
+        await link.aclose()
+
+    async def test_other_devices_are_refused(self) -> None:
+        arena = HostArena(4096)
+        arena.device = "cuda:0"
+        with pytest.raises(PlaneUnavailable, match="cuda:0"):
+            await TcpPlane().export(arena)
+
+
+class RecordingTransport(asyncio.Transport):
+    """A transport that only remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def pause_reading(self) -> None:
+        self.calls.append("pause_reading")
+
+    def resume_reading(self) -> None:
+        self.calls.append("resume_reading")
