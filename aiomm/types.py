@@ -12,7 +12,16 @@ from msgspec import Meta
 
 from .errors import IncompatibleSchema, ProtocolError
 
-__all__ = ["DTYPE_NBYTES", "Allocation", "Extent", "Field", "Schema", "Ticket", "TransferId"]
+__all__ = [
+    "DTYPE_NBYTES",
+    "Allocation",
+    "Extent",
+    "Field",
+    "Schema",
+    "Ticket",
+    "TransferId",
+    "TransferStats",
+]
 
 DTYPE_NBYTES: Mapping[str, int] = {
     "bool": 1,
@@ -188,6 +197,30 @@ class TransferId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.request_id}#{self.generation}"
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    """What is known of a finished transfer, on either side."""
+
+    request_id: str
+    plane: str
+    """The plane that moved the bytes; empty if there were none to move."""
+    refused_planes: tuple[str, ...]
+    """Why each better plane was not taken (known to the sender)."""
+    num_tokens: int
+    nbytes: int
+    buffered_chunks: tuple[int, ...]
+    """Tokens that arrived under each grant."""
+    resumes: int
+    seconds: float
+    """From the claim (sender) or the first reservation (receiver) to the end."""
+    states: tuple[tuple[str, float], ...]
+    """Every state entered, with seconds since the beginning."""
+    block_indices: tuple[tuple[int, ...], ...] = ()
+    """Blocks of each grant, as the free list held them (known to the receiver)."""
+    start_offsets: tuple[int, ...] = ()
+    """First token of each grant in the pool (known to the receiver)."""
 
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):

@@ -84,7 +84,8 @@ class ReceiveEndpoint(Endpoint):
     ) -> None:
         super().__init__(epoch, timing=timing or Timing(), max_peers=max_peers)
         self._schema = schema
-        self._own_hello = hello
+        self.hello = hello
+        """This side's Hello; what changes here is said to peers that come later."""
         self._plane_offers = plane_offers
         self._default_tokens = default_tokens
         self._default_timeout = default_timeout
@@ -155,6 +156,12 @@ class ReceiveEndpoint(Endpoint):
                 session.send(frames.Refuse(number, failure.reason, failure.message[:2000]))
         self._feed(number, events.Failed(failure), now)
 
+    def cancel(self, request_id: str, failure: Failure, now: float) -> None:
+        """Give the request of that id up, if there is one."""
+        number = self._by_request_id.get(request_id)
+        if number is not None:
+            self.fail(number, failure, now)
+
     def taken(self, number: int) -> None:
         """The user has the result, or has been told of the failure: the request is over."""
         request = self._requests.get(number)
@@ -220,7 +227,7 @@ class ReceiveEndpoint(Endpoint):
     def _hello(self, peer: int) -> Hello:
         self._links += 1
         link = self._links
-        return _with(self._own_hello, link, self._plane_offers(link))
+        return _with(self.hello, link, self._plane_offers(link))
 
     def _greeted(self, session: Session, path: Path, now: float) -> None:
         for request in list(self._requests.values()):
@@ -254,8 +261,8 @@ class ReceiveEndpoint(Endpoint):
             what = f"in {transfer.state}" if transfer.is_claimed else "no sender has claimed it"
             message = f"{request.request_id!r} was not done within {request.timeout:g} s: {what}"
             self.fail(number, Failure(Reason.TIMEOUT, message), now)
-        elif transfer.failure is None:
-            message = f"{request.request_id!r} has arrived but nobody received it in time"
+        else:
+            message = f"nobody asked for the result of {request.request_id!r} in time"
             self._do([Fail(number, Failure(Reason.TIMEOUT, message))])
         self._close(request)
 

@@ -83,7 +83,8 @@ class SendEndpoint(Endpoint):
     ) -> None:
         super().__init__(epoch, timing=timing or Timing(), max_peers=max_peers)
         self._schema = schema
-        self._own_hello = hello
+        self.hello = hello
+        """This side's Hello; what changes here is said to peers that come later."""
         self._max_waiting = max_waiting
         self._generation = 0
         self._opened: dict[int, _Opened] = {}
@@ -103,8 +104,18 @@ class SendEndpoint(Endpoint):
         path: Path | None = None,
         life: int = 0,
         key: bytes = b"",
+        ready: events.TokensReady | None = None,
     ) -> SendTransfer:
         """Open a transfer towards `path`, or `life`, or whoever asks for it.
+
+        Args:
+            request_id: what the scheduler knows.
+            timeout: seconds until it is given up.
+            now: the time.
+            path: a first contact; the transfer waits for its Hello.
+            life: the only epoch it may go to; 0 for any.
+            key: the ticket's.
+            ready: what is known of the tokens by now.
 
         Raises:
             Rejected: too many transfers wait for a receiver (retryable).
@@ -113,6 +124,8 @@ class SendEndpoint(Endpoint):
             raise Rejected(f"{self._max_waiting} transfers wait for a receiver", retryable=True)
         opened = self._new(request_id, timeout, now)
         opened.path, opened.life, opened.key = path, life, key
+        if ready is not None:
+            self._apply(opened, opened.transfer.handle(ready, now))
         self._waiting[opened.transfer.id.generation] = opened
         if opened.is_unaddressed:
             self._find_receiver(opened, now)
@@ -122,11 +135,9 @@ class SendEndpoint(Endpoint):
                 self._offer_to(opened, session, 0, now)
         return opened.transfer
 
-    def tokens_ready(
-        self, generation: int, available: int, total: int | None, metadata: bytes, now: float
-    ) -> None:
-        """The first `available` tokens of the transfer can be read."""
-        self._feed(generation, events.TokensReady(available, total, metadata), now)
+    def tokens_ready(self, generation: int, ready: events.TokensReady, now: float) -> None:
+        """More of the transfer is known, or can be read."""
+        self._feed(generation, ready, now)
 
     def fail(self, generation: int, failure: Failure, now: float) -> None:
         """Give the transfer up."""
@@ -172,10 +183,19 @@ class SendEndpoint(Endpoint):
         """Transfers that are not settled: running, or with a write that is not yet drained."""
         return len(self._opened)
 
+    def has(self, generation: int) -> bool:
+        """Whether the transfer is not settled yet."""
+        return generation in self._opened
+
+    def peer_of(self, generation: int) -> int:
+        """Return the epoch of the receiver that the transfer was offered to; 0 if to none."""
+        opened = self._opened.get(generation)
+        return 0 if opened is None else opened.peer
+
     # What the endpoint asks of its kind.
 
     def _hello(self, peer: int) -> Hello:
-        return self._own_hello
+        return self.hello
 
     def _greeted(self, session: Session, path: Path, now: float) -> None:
         hello = session.peer_hello

@@ -141,7 +141,8 @@ class SendTransfer(Transfer):
         """The grant being filled, and those that came early."""
         self._next_sequence = 0
         self._offered = False
-        self._total_told = False
+        self._told: tuple[int | None, bytes] = (None, b"")
+        """What the receiver has been told of length and metadata."""
         self._sealed = False
         """A `Written` has told the receiver that nothing follows."""
         self._writing = 0
@@ -156,7 +157,7 @@ class SendTransfer(Transfer):
     def offer(self, key: bytes, redemption: int, timeout: float) -> Commands:
         """Ask for the grant, with the length if it is known by now."""
         self._offered = True
-        self._total_told = self.total is not None
+        self._told = (self.total, self.metadata)
         frame = frames.Offer(self.id, key, redemption, self.total, self.metadata, timeout)
         return [SendFrame(frame)]
 
@@ -189,8 +190,9 @@ class SendTransfer(Transfer):
         self.available_tokens, self.total = event.available, event.total
         self.metadata = event.metadata or self.metadata
         commands: Commands = []
-        if self._offered and self.total is not None and not self._total_told:
-            self._total_told = True
+        news = (self.total, self.metadata)
+        if self._offered and self.total is not None and news != self._told:
+            self._told = news
             commands.append(SendFrame(frames.Announce(self.id, self.total, self.metadata)))
         return commands + self._write_next()
 

@@ -1,0 +1,1 @@
+"""The driver: runs the protocol's commands, and turns each thing that ends into one event."""

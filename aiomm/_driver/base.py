@@ -1,0 +1,337 @@
+"""What both drivers share: the channels, the timer, and the order in which things happen.
+
+Everything here runs on the loop thread. An input (a packet, a finished task, a call of the
+user's) goes into the endpoint, then :meth:`Driver.pump` executes what the endpoint wants, in
+order, until it wants nothing more. No input is taken in between, so a batch of commands never
+meets a state that it was not meant for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar, Generic, TypeVar
+
+from ..config import EndpointSettings
+from ..control.base import Channel, Peer
+from ..control.unix import ANY_UNIX_ADDRESS, UnixChannel
+from ..control.zeromq import ZmqChannel
+from ..errors import AiommError, Failure, PoolClosed, Reason
+from ..protocol.commands import Command, Greet, Part, Transmit
+from ..protocol.endpoint import Endpoint
+from ..protocol.frames import PROTOCOL_VERSION, Packet, Ping, encode
+from ..protocol.session import Path
+
+__all__ = ["Driver", "new_epoch"]
+
+logger = logging.getLogger("aiomm")
+
+_Endpoint = TypeVar("_Endpoint", bound=Endpoint)
+
+
+def new_epoch() -> int:
+    """Return the random number of a new life."""
+    return secrets.randbelow(2**63 - 1) + 1
+
+
+class Driver(Generic[_Endpoint]):
+    """One endpoint's connection to the world. It is its channels' handler.
+
+    Args:
+        settings: of the endpoint.
+        bind: where the control channel listens, or None.
+        name: for logs and peers.
+    """
+
+    endpoint: _Endpoint
+    listens: ClassVar[bool]
+    """Whether peers on this host connect their streams here, or this side to them."""
+
+    def __init__(self, settings: EndpointSettings, bind: str | None, name: str) -> None:
+        self.settings = settings
+        self.name = name
+        self.bind = bind
+        self.channel = _control_channel(settings, bind, name)
+        self.stream = _stream_channel(name, listens=self.listens)
+        self._stream_rank = 1 if settings.control == "auto" else -1
+        self._at_address: dict[str, Path] = {}
+        self._lives: dict[Path, int] = {}
+        """The peer's epoch behind each path that a packet has come through."""
+        self._complained: set[Path] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_pumping = False
+        self._starting: asyncio.Task[None] | None = None
+        self._start_callbacks: list[Callable[[], None]] = []
+        self.is_started = False
+        self.is_closing = False
+        self._is_finished = False
+        self._closed: asyncio.Future[None] | None = None
+
+    # Beginning and end.
+
+    def ensure_started(self) -> asyncio.Task[None]:
+        """Begin to start, once, on the running loop; return the task that does it."""
+        self.check_open()
+        if self._starting is None:
+            self.loop = asyncio.get_running_loop()
+            self._starting = self.loop.create_task(self._start(), name=f"{self.name} start")
+        return self._starting
+
+    def when_started(self, action: Callable[[], None], fail: Callable[[Failure], None]) -> None:
+        """Call `action` as soon as this side is up (now, if it is), or `fail` if it never is."""
+        starting = self.ensure_started()
+        if self.is_started:
+            action()
+            return
+
+        def started(task: asyncio.Task[None]) -> None:
+            if task.cancelled() or task.exception() is not None:
+                fail(Failure(Reason.CLOSED, f"{self.name} could not start: {_cause(task)}"))
+            else:
+                action()
+
+        starting.add_done_callback(started)
+
+    async def _start(self) -> None:
+        try:
+            if self.stream is not None:
+                await self._start_stream(self.stream)
+            await self.set_up()
+            await self.channel.start(self)
+        except BaseException:
+            await self._close_channels()
+            await self.tear_down()
+            raise
+        self.is_started = True
+        logger.debug("= %s is up at %s", self.name, self.channel.address)
+
+    async def _start_stream(self, stream: UnixChannel) -> None:
+        try:
+            await stream.start(self)
+        except OSError as exc:
+            logger.info("! %s has no same-host stream: %s", self.name, exc)
+            self.stream = None
+
+    def check_open(self) -> None:
+        """Raise PoolClosed if this endpoint is closed or closing."""
+        if self.is_closing:
+            raise PoolClosed(f"{self.name} is closed")
+
+    async def aclose(self) -> None:
+        """Close within `close_timeout`: end what runs, part from every peer, give memory back."""
+        if self._closed is not None:
+            await asyncio.shield(self._closed)
+            return
+        self.is_closing = True
+        if self._starting is None:
+            return
+        self._closed = self.loop.create_future()
+        try:
+            await self._drain_and_close()
+        finally:
+            self._closed.set_result(None)
+
+    async def _drain_and_close(self) -> None:
+        await asyncio.gather(self._starting or asyncio.sleep(0), return_exceptions=True)
+        if self.is_started:
+            self.abandon(Failure(Reason.CLOSED, f"{self.name} was closed"))
+            self.pump()
+            try:
+                async with asyncio.timeout(self.settings.close_timeout):
+                    await self.drain()
+            except TimeoutError:
+                logger.warning("! %s closes with writes that have not drained", self.name)
+            self.endpoint.say_goodbye(Failure(Reason.CLOSED, f"{self.name} was closed"))
+            self.pump()
+        self._is_finished = True
+        self._stop_timer()
+        await self._close_channels()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.tear_down()
+
+    async def _close_channels(self) -> None:
+        if self.stream is not None:
+            await self.stream.aclose()
+        await self.channel.aclose()
+
+    # What the two kinds of driver add.
+
+    @abstractmethod
+    async def set_up(self) -> None:
+        """Make what the Hello speaks of: arena, planes."""
+
+    @abstractmethod
+    async def tear_down(self) -> None:
+        """Give back what :meth:`set_up` made, as far as it got."""
+
+    @abstractmethod
+    def abandon(self, failure: Failure) -> None:
+        """Fail everything that is not done."""
+
+    @abstractmethod
+    async def drain(self) -> None:
+        """Return when no write runs or can land any more."""
+
+    @abstractmethod
+    def execute(self, command: Command) -> None:
+        """Carry out one command of this kind of endpoint."""
+
+    @abstractmethod
+    def parted(self, command: Part) -> None:
+        """Drop what belongs to a peer that is gone for good."""
+
+    # Inputs.
+
+    def now(self) -> float:
+        """Return the time. Not the loop's: uvloop's stands still within a turn, in whole ms."""
+        return time.monotonic()
+
+    def packet_received(self, channel: Channel, peer: Peer, packet: bytes) -> None:
+        """Take a packet from a channel."""
+        path = self._path(channel, peer)
+        try:
+            self.endpoint.packet_received(path, packet, self.now())
+        except AiommError as exc:
+            if path not in self._complained:
+                self._complained.add(path)
+                logger.warning("! %s refuses %s: %s", self.name, peer, exc)
+        if path not in self._lives:
+            self._remember_life(path)
+        self.pump()
+
+    def peer_lost(self, channel: Channel, peer: Peer, cause: str) -> None:
+        """Learn from a channel that a path has ended."""
+        path = self._path(channel, peer)
+        logger.debug("x %s lost %s: %s", self.name, peer, cause)
+        self.endpoint.path_lost(path, cause, self.now())
+        self._complained.discard(path)
+        self._at_address = {at: each for at, each in self._at_address.items() if each != path}
+        if not channel.proves_death:
+            self._lives.pop(path, None)
+            channel.disconnect(peer)
+        self.pump()
+
+    def peer_died(self, channel: Channel, peer: Peer) -> None:
+        """Learn from a channel that a process is dead for certain."""
+        life = self._lives.pop(self._path(channel, peer), None)
+        if life is not None:
+            self.endpoint.peer_died(life, self.now())
+            self.pump()
+
+    def contact(self, address: str) -> Path:
+        """Return the path to `address`, saying Hello there first if it is new.
+
+        Raises:
+            ValueError: the address is malformed or not allowed.
+        """
+        path = self._at_address.get(address)
+        if path is None:
+            path = Path(0, self.channel, self.channel.connect(address))
+            self._at_address[address] = path
+            self.endpoint.contact(path, self.now())
+        return path
+
+    def pump(self) -> None:
+        """Execute what the endpoint wants, then arm the timer. Call it after every input."""
+        if self._is_pumping:
+            return
+        self._is_pumping = True
+        try:
+            while commands := self.endpoint.commands(self.now()):
+                for command in commands:
+                    self._carry_out(command)
+        finally:
+            self._is_pumping = False
+        self._arm_timer()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run `coroutine` as a task that this driver owns."""
+        task = self.loop.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # Commands that both kinds know.
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case Transmit(Path(_, Channel() as channel, peer), packet):
+                channel.send(peer, packet)
+            case Greet(peer, hello):
+                logger.debug("= %s has a link with %s", self.name, hello.name)
+                if hello.role == "receiver" and hello.stream and self.stream is not None:
+                    self._upgrade(peer, hello.stream, self.stream)
+                self.execute(command)
+            case Part(_, failure, proven):
+                logger.debug("x %s parts: %s (proven: %s)", self.name, failure.message, proven)
+                if proven:
+                    self.parted(command)
+            case _:
+                self.execute(command)
+
+    def _upgrade(self, peer: int, address: str, stream: UnixChannel) -> None:
+        """Try the same-host stream: if the peer hears the Ping there, it will answer there."""
+        try:
+            there = stream.connect(address)
+        except ValueError as exc:
+            logger.debug("! %s cannot use %s: %s", self.name, address, exc)
+            return
+        ping = Packet(PROTOCOL_VERSION, self.endpoint.epoch, peer, 0, 0, Ping())
+        stream.send(there, encode(ping))
+
+    def _path(self, channel: Channel, peer: Peer) -> Path:
+        return Path(self._stream_rank if channel is self.stream else 0, channel, peer)
+
+    def _remember_life(self, path: Path) -> None:
+        for life, session in self.endpoint.sessions.items():
+            if path in session.paths:
+                self._lives[path] = life
+                return
+
+    # The timer.
+
+    def _arm_timer(self) -> None:
+        at = self.endpoint.next_deadline()
+        if at is None or self._is_finished:
+            self._stop_timer()
+        elif self._timer_at is None or at < self._timer_at:
+            self._stop_timer()
+            self._timer_at = at
+            self._timer = self.loop.call_later(max(0.0, at - self.now()), self._timer_fired)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_at = None, None
+
+    def _timer_fired(self) -> None:
+        self._timer, self._timer_at = None, None
+        self.endpoint.timer(self.now())
+        self.pump()
+
+
+def _control_channel(settings: EndpointSettings, bind: str | None, name: str) -> Channel:
+    if settings.control == "aiozmq":
+        from ..control.aiozmq import AiozmqChannel
+
+        return AiozmqChannel(bind, insecure=settings.insecure, name=name)
+    return ZmqChannel(bind, insecure=settings.insecure, name=name)
+
+
+def _stream_channel(name: str, *, listens: bool) -> UnixChannel | None:
+    if not hasattr(os, "pidfd_open"):  # not Linux
+        return None
+    return UnixChannel(ANY_UNIX_ADDRESS if listens else None, name=name)
+
+
+def _cause(task: asyncio.Task[None]) -> str:
+    return "cancelled" if task.cancelled() else str(task.exception())

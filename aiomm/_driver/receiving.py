@@ -1,0 +1,417 @@
+"""The receiver's driver: owns the pool and its memory, and hands finished transfers out.
+
+The one place where blocks change hands: each command names an allocation and what becomes of
+it, and the queue is pumped whenever blocks may have become free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar, Protocol
+
+import msgspec
+
+from ..buffers.arena import Arena, HostArena
+from ..buffers.arrays import load_array_library
+from ..buffers.layout import ByteRange, Layout
+from ..buffers.pool import BlockPool
+from ..buffers.queue import QueueFull, ReservationQueue
+from ..buffers.received import JoinedTensors, PoolTensors
+from ..buffers.shm import MemfdArena
+from ..config import ReceiverSettings
+from ..errors import Failure, PlaneUnavailable, Reason
+from ..planes.base import Export, GrantKey, Plane
+from ..protocol.commands import (
+    Command,
+    CompareProbe,
+    Deliver,
+    Fail,
+    Greet,
+    Join,
+    MoveOut,
+    Part,
+    Permit,
+    Quarantine,
+    Release,
+    Reserve,
+    ReserveRest,
+    Unreserve,
+)
+from ..protocol.frames import Hello, PlaneOffer, specs_of
+from ..protocol.receiving import ReceiveEndpoint
+from ..protocol.session import Timing
+from ..protocol.transfer import ReceiveTransfer
+from ..types import Allocation, Extent, Schema
+from .base import Driver, new_epoch
+
+__all__ = ["Delivery", "ReceiveDriver", "Waiter"]
+
+logger = logging.getLogger("aiomm.receiver")
+
+
+class Delivery:
+    """A finished transfer, and the blocks or the tensors that hold it."""
+
+    def __init__(
+        self,
+        transfer: ReceiveTransfer,
+        plane: str,
+        allocations: tuple[Allocation, ...],
+        extents: tuple[Extent, ...],
+        joined: JoinedTensors | None,
+    ) -> None:
+        self.transfer = transfer
+        self.plane = plane
+        self.allocations = allocations
+        self.extent = extents[0] if extents else Extent(0, 0)
+        """Where the tokens lie in the pool, if they do."""
+        self.joined = joined
+        """The tensors outside the pool, if they stand there."""
+
+
+class Waiter(Protocol):
+    """Whoever wants to know how a request ends."""
+
+    def ended(self, number: int, result: Delivery | Failure) -> None:
+        """The request is over. A delivery's blocks are the waiter's from now on."""
+
+
+class ReceiveDriver(Driver[ReceiveEndpoint]):
+    """Runs one :class:`ReceiveEndpoint`.
+
+    Args:
+        schema: of the pool.
+        planes: in order of preference.
+        takes_any: tell senders that this side takes what has no other destination.
+        waiter: told how every request ends.
+    """
+
+    listens: ClassVar[bool] = True
+    settings: ReceiverSettings
+    arena: Arena
+    tensors: PoolTensors
+
+    def __init__(
+        self,
+        schema: Schema,
+        settings: ReceiverSettings,
+        bind: str | None,
+        planes: Sequence[Plane],
+        name: str,
+        *,
+        takes_any: bool,
+        waiter: Waiter,
+    ) -> None:
+        super().__init__(settings, bind, name)
+        self.schema = schema
+        self.planes = planes
+        self.waiter = waiter
+        self.pool = BlockPool(settings.blocks, settings.block_size)
+        self.queue = ReservationQueue(self.pool, max_waiting=settings.max_waiting)
+        self.layout = Layout(schema, settings.blocks * settings.block_size, settings.max_peers)
+        self.endpoint = ReceiveEndpoint(
+            new_epoch(),
+            schema,
+            Hello(
+                "receiver",
+                name,
+                specs_of(schema),
+                pool_tokens=self.layout.num_tokens,
+                num_probes=self.layout.num_probes,
+                takes_any=takes_any,
+            ),
+            plane_offers=self._plane_offers,
+            default_tokens=settings.default_blocks * settings.block_size,
+            default_timeout=settings.timeout,
+            timing=Timing(peer_timeout=settings.peer_timeout),
+            max_peers=settings.max_peers,
+            max_requests=settings.max_waiting,
+            max_tokens=settings.max_tokens,
+        )
+        self._exports: dict[str, Export] = {}
+        self._planes_of_link: dict[int, str] = {}
+        """The plane whose probe has arrived last over each link."""
+        self._grants: dict[int, list[GrantKey]] = {}
+        self._links: dict[int, int] = {}
+        """The link to each peer that has said Hello."""
+        self._joined: dict[int, JoinedTensors] = {}
+        self._buffered: defaultdict[int, int] = defaultdict(int)
+        """Bytes of each unfinished transfer that are outside the pool, or will be."""
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="aiomm-join")
+        self._freed = asyncio.Event()
+
+    # Beginning and end.
+
+    async def set_up(self) -> None:
+        """Make the arena, fault it in, and open it over every plane that can be used."""
+        if self.stream is not None:
+            stream = self.stream.address or ""
+            self.endpoint.hello = msgspec.structs.replace(self.endpoint.hello, stream=stream)
+        await self.loop.run_in_executor(self._copier, load_array_library)
+        self.arena = await self.loop.run_in_executor(self._copier, self._make_arena)
+        self.tensors = PoolTensors(self.layout, self.arena)
+        refused = []
+        for plane in self.planes:
+            reason = plane.unusable()
+            try:
+                if reason is not None:
+                    raise PlaneUnavailable(reason)
+                self._exports[plane.name] = await plane.export(self.arena)
+            except PlaneUnavailable as exc:
+                refused.append(f"{plane.name}: {exc.message}")
+                logger.info("! %s is without plane %s: %s", self.name, plane.name, exc)
+                if self.settings.strict:
+                    break
+        if not self._exports:
+            raise PlaneUnavailable(f"no plane can be used: {'; '.join(refused)}")
+
+    def _make_arena(self) -> Arena:
+        """Shared memory where there is some, since any sender may turn out to be on this host."""
+        try:
+            return MemfdArena(self.layout.nbytes)
+        except PlaneUnavailable as exc:
+            logger.warning("! %s has no shared memory: %s", self.name, exc)
+            return HostArena(self.layout.nbytes)
+
+    async def tear_down(self) -> None:
+        """Close the exports and the arena. Leases that are still held stay readable."""
+        for export in self._exports.values():
+            await export.aclose()
+        self._exports.clear()
+        await self.loop.run_in_executor(None, self._copier.shutdown)
+        if hasattr(self, "arena"):
+            self.arena.close()
+
+    def abandon(self, failure: Failure) -> None:
+        """Fail every request that is not done."""
+        for number in self.endpoint.numbers():
+            self.endpoint.fail(number, failure, self.now())
+
+    async def drain(self) -> None:
+        """Return when no sender can write into the pool any more."""
+        while any(not self.endpoint.transfer(n).is_settled for n in self.endpoint.numbers()):
+            self._freed.clear()
+            await self._freed.wait()
+
+    def _plane_offers(self, link: int) -> tuple[PlaneOffer, ...]:
+        slot = self.layout.probe_range(link % self.layout.num_probes)
+        for export in self._exports.values():
+            export.permit(GrantKey(link, 0, 0), [slot])
+        return tuple(PlaneOffer(name, export.offer(link)) for name, export in self._exports.items())
+
+    # Commands.
+
+    def execute(self, command: Command) -> None:
+        """Carry out one command of the receiver's."""
+        match command:
+            case Reserve():
+                self._reserve(command)
+            case ReserveRest():
+                self._reserve_rest(command)
+            case Unreserve(number):
+                self.queue.cancel(number)
+                self._pump_queue()
+            case Permit():
+                self._permit(command)
+            case Quarantine(number, allocations):
+                self._quarantine(number, allocations)
+            case Release(number, allocations):
+                self._release(number, allocations)
+            case MoveOut(number, extents, total):
+                self._copy_out(number, extents, total, self.endpoint.moved_out)
+            case Join(number, extents, total):
+                self._copy_out(number, extents, total, self.endpoint.joined)
+            case Deliver():
+                self._deliver(command)
+            case Fail(number, failure):
+                self._take_joined(number)
+                self.waiter.ended(number, failure)
+            case CompareProbe():
+                self._compare(command)
+            case Greet(peer):
+                self._links[peer] = self.endpoint.sessions[peer].hello.link
+            case _:
+                raise AssertionError(f"not a receiver's command: {command}")
+
+    def parted(self, command: Part) -> None:
+        """Forget a sender that is gone for good."""
+        link = self._links.pop(command.peer, 0)
+        for export in self._exports.values():
+            export.revoke(GrantKey(link, 0, 0))
+            export.forget(link)
+        self._planes_of_link.pop(link, None)
+
+    # The pool.
+
+    def _reserve(self, command: Reserve) -> None:
+        number = command.number
+        try:
+            allocation = self.queue.request(number, command.num_tokens, claimed=command.claimed)
+        except QueueFull as exc:
+            self.endpoint.fail(number, Failure(Reason.BUSY, exc.message), self.now())
+            return
+        if command.claimed and allocation is not None:
+            self.endpoint.reserved(number, allocation, False, self.now())
+        self._pump_queue()
+
+    def _reserve_rest(self, command: ReserveRest) -> None:
+        behind = command.behind
+        allocation = self.queue.request_whole(command.num_tokens, behind)
+        if allocation is None:
+            self.endpoint.refused(command.number, self.now())
+            return
+        extends = (
+            behind is not None
+            and bool(behind.extents)
+            and allocation.start_offset == behind.start_offset
+        )
+        self.endpoint.reserved(command.number, allocation, extends, self.now())
+
+    def _permit(self, command: Permit) -> None:
+        link = self.endpoint.link_of(command.number)
+        grant = GrantKey(link, command.transfer.generation, command.sequence)
+        ranges = [
+            self.layout.field_range(name, extent)
+            for name in self.schema
+            for extent in command.extents
+        ]
+        for export in self._exports.values():
+            export.permit(grant, ranges)
+        self._grants.setdefault(command.number, []).append(grant)
+        if logger.isEnabledFor(logging.INFO):
+            blocks, extents = self.endpoint.transfer(command.number).grants[-1]
+            logger.info(
+                "> %s %s: block_indices=%s start_offset=%s tokens=%d",
+                "resume" if command.sequence else "grant",
+                command.transfer,
+                list(blocks),
+                extents[0].start if extents else 0,
+                sum(extent.num_tokens for extent in extents),
+            )
+
+    def _revoke(self, number: int) -> bool:
+        """Withdraw the grants of a request; True if the plane proves that nothing can land."""
+        proven = True
+        for grant in self._grants.pop(number, ()):
+            used = self._planes_of_link.get(grant.peer)
+            for name, export in self._exports.items():
+                if not export.revoke(grant) and name == used:
+                    proven = False
+        return proven
+
+    def _quarantine(self, number: int, allocations: tuple[Allocation, ...]) -> None:
+        for allocation in allocations:
+            self.pool.quarantine(allocation)
+        if self._revoke(number):
+            self.endpoint.drained(number, self.now())
+
+    def _release(self, number: int, allocations: tuple[Allocation, ...]) -> None:
+        self._revoke(number)
+        self.free(allocations)
+
+    def free(self, allocations: tuple[Allocation, ...]) -> None:
+        """Give blocks back that nobody reads and no write can reach, and serve who waits."""
+        for allocation in allocations:
+            self.pool.free(allocation)
+        self._pump_queue()
+        self._freed.set()
+
+    def release(self, allocations: tuple[Allocation, ...]) -> None:
+        """Take blocks back from the user."""
+        self.free(allocations)
+        self.pump()
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes of unfinished transfers outside the pool."""
+        return sum(self._buffered.values())
+
+    def _pump_queue(self) -> None:
+        for number, allocation in self.queue.pump():
+            self.endpoint.reserved(number, allocation, False, self.now())
+
+    # Copies out of the pool.
+
+    def _copy_out(
+        self,
+        number: int,
+        extents: tuple[Extent, ...],
+        total: int | None,
+        done: Callable[[int, float], None],
+    ) -> None:
+        nbytes = sum(extent.num_tokens for extent in extents) * self.schema.token_nbytes
+        self._buffered[number] = max(
+            self._buffered[number] + nbytes, (total or 0) * self.schema.token_nbytes
+        )
+        if self.buffered_bytes > self.settings.max_buffered_bytes:
+            limit = self.settings.max_buffered_bytes
+            self._cannot_buffer(number, f"over max_buffered_bytes={limit}", done)
+            return
+        joined = self._joined.get(number)
+        if joined is None:
+            joined = self._joined[number] = JoinedTensors(self.schema, total)
+        copying = self._copy_in_thread(joined, number, extents, done)
+        self.spawn(copying, f"move out {number}")
+
+    async def _copy_in_thread(
+        self,
+        joined: JoinedTensors,
+        number: int,
+        extents: tuple[Extent, ...],
+        done: Callable[[int, float], None],
+    ) -> None:
+        try:
+            await self.loop.run_in_executor(
+                self._copier, joined.append, self.layout, self.arena, extents
+            )
+        except Exception as exc:  # whatever it is fails this request and no other
+            self._cannot_buffer(number, str(exc), done)
+        else:
+            done(number, self.now())
+        self.pump()
+
+    def _cannot_buffer(self, number: int, why: str, done: Callable[[int, float], None]) -> None:
+        failure = Failure(Reason.BUSY, f"cannot be buffered outside the pool: {why}")
+        self.endpoint.fail(number, failure, self.now())
+        done(number, self.now())
+
+    def _take_joined(self, number: int) -> JoinedTensors | None:
+        self._buffered.pop(number, None)
+        return self._joined.pop(number, None)
+
+    # Results.
+
+    def _deliver(self, command: Deliver) -> None:
+        number = command.number
+        transfer = self.endpoint.transfer(number)
+        plane = self._planes_of_link.get(self.endpoint.link_of(number), "")
+        self._revoke(number)
+        kept = self._trim(command.allocations, transfer.transferred_tokens)
+        joined = self._take_joined(number)
+        delivery = Delivery(transfer, plane, kept, command.extents, joined)
+        self._pump_queue()
+        self.waiter.ended(number, delivery)
+
+    def _trim(self, allocations: tuple[Allocation, ...], num_tokens: int) -> tuple[Allocation, ...]:
+        """Give back the blocks behind the last token; return what is left, filled."""
+        kept = []
+        for allocation in allocations:
+            used = min(num_tokens, allocation.num_tokens)
+            num_tokens -= used
+            if used < allocation.num_tokens:
+                allocation = self.pool.trim(allocation, used)
+            self.pool.fill(allocation)
+            kept.append(allocation)
+        return tuple(kept)
+
+    def _compare(self, command: CompareProbe) -> None:
+        slot: ByteRange = self.layout.probe_range(command.link % self.layout.num_probes)
+        found = self.arena.view(slot.start, slot.stop - slot.start)
+        matched = command.plane in self._exports and bytes(found) == command.nonce
+        if matched:
+            self._planes_of_link[command.link] = command.plane
+        self.endpoint.probed(command.peer, command.plane, matched)

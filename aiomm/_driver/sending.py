@@ -1,0 +1,245 @@
+"""The sender's driver: attaches planes, runs writes, and tells the user how transfers end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
+
+from ..buffers.tensors import TokenRows
+from ..config import SenderSettings
+from ..errors import AiommError, Failure, PlaneUnavailable, Reason
+from ..planes.base import GrantKey, Plane, Run
+from ..protocol.commands import (
+    Command,
+    Fail,
+    Finish,
+    Greet,
+    Part,
+    ProbeResult,
+    Quiesce,
+    Serve,
+    Write,
+)
+from ..protocol.frames import Hello, specs_of
+from ..protocol.sending import SendEndpoint
+from ..protocol.session import Timing
+from ..types import Extent, Schema, TransferId
+from .base import Driver, new_epoch
+from .routes import Route, find_route
+
+__all__ = ["SendDriver", "Watcher"]
+
+logger = logging.getLogger("aiomm.sender")
+
+
+class Watcher(Protocol):
+    """Whoever wants to know how a transfer goes on."""
+
+    def changed(self) -> None:
+        """The transfer may have entered another state."""
+
+    def ended(self, failure: Failure | None, route: Route | None) -> None:
+        """The transfer is over; `failure` is None if everything was accepted."""
+
+
+class SendDriver(Driver[SendEndpoint]):
+    """Runs one :class:`SendEndpoint`.
+
+    Args:
+        schema: of the tensors.
+        planes: in order of preference.
+    """
+
+    listens: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        schema: Schema,
+        settings: SenderSettings,
+        bind: str | None,
+        planes: Sequence[Plane],
+        name: str,
+    ) -> None:
+        super().__init__(settings, bind, name)
+        self.planes = planes
+        self.endpoint = SendEndpoint(
+            new_epoch(),
+            schema,
+            Hello("sender", name, specs_of(schema)),
+            timing=Timing(peer_timeout=settings.peer_timeout),
+            max_peers=settings.max_peers,
+            max_waiting=settings.max_waiting,
+        )
+        self.sources: dict[int, Mapping[str, TokenRows]] = {}
+        """The tensors of each transfer, until it is settled."""
+        self.watchers: dict[int, Watcher] = {}
+        self.offers: dict[str, tuple[Mapping[str, TokenRows], Watcher]] = {}
+        """The tensors of each standing offer."""
+        self._routes: dict[int, asyncio.Task[Route]] = {}
+        self._probes: dict[tuple[int, str], asyncio.Future[bool]] = {}
+        self._used: dict[int, Route] = {}
+        """The route each transfer was written over."""
+        self._idle = asyncio.Event()
+
+    async def set_up(self) -> None:
+        """A sender has nothing to make before a receiver says Hello."""
+
+    async def tear_down(self) -> None:
+        """Detach from every receiver."""
+        routes, self._routes = self._routes, {}
+        for task in routes.values():
+            await _detach(task)
+
+    def abandon(self, failure: Failure) -> None:
+        """Fail every transfer that is not done."""
+        for generation in list(self.watchers):
+            self.endpoint.fail(generation, failure, self.now())
+
+    async def drain(self) -> None:
+        """Return when no write runs any more."""
+        while self.endpoint.num_live:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def pump(self) -> None:
+        """Execute what the endpoint wants, and notice when nothing is left."""
+        super().pump()
+        if not self.endpoint.num_live:
+            self._idle.set()
+
+    def execute(self, command: Command) -> None:
+        """Carry out one command of the sender's."""
+        match command:
+            case Write(transfer, sequence, start, extents):
+                self.spawn(self._write(transfer, sequence, start, extents), f"write {transfer}")
+                self._changed(transfer)
+            case Quiesce(transfer):
+                self.spawn(self._quiesce(transfer), f"quiesce {transfer}")
+            case Serve(transfer):
+                rows, watcher = self.offers[transfer.request_id]
+                self.sources[transfer.generation] = rows
+                self.watchers[transfer.generation] = watcher
+            case Finish(transfer):
+                self._ended(transfer.generation, None)
+            case Fail(generation, failure):
+                self._ended(generation, failure)
+            case Greet(peer, hello):
+                self._find_route(peer, hello)
+            case ProbeResult(peer, plane, matched):
+                answer = self._probes.pop((peer, plane), None)
+                if answer is not None and not answer.done():
+                    answer.set_result(matched)
+            case _:
+                raise AssertionError(f"not a sender's command: {command}")
+
+    def parted(self, command: Part) -> None:
+        """Detach from a receiver that is gone for good."""
+        for key in [key for key in self._probes if key[0] == command.peer]:
+            self._probes.pop(key).cancel()
+        task = self._routes.pop(command.peer, None)
+        if task is not None:
+            self.spawn(_detach(task), "detach")
+
+    # Routes.
+
+    def _find_route(self, peer: int, hello: Hello) -> None:
+        if hello.role != "receiver":
+            return
+
+        def probe(plane: str, nonce: bytes) -> asyncio.Future[bool]:
+            answer: asyncio.Future[bool] = self.loop.create_future()
+            self._probes[peer, plane] = answer
+            self.endpoint.probe(peer, plane, nonce)
+            self.pump()
+            return answer
+
+        search = find_route(hello, self.planes, strict=self.settings.strict, probe=probe)
+        task = self.loop.create_task(search, name=f"{self.name} route to {hello.name}")
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._routes[peer] = task
+
+    async def _route_of(self, generation: int) -> Route:
+        """Return the route of a transfer's receiver; the search is shared by all transfers."""
+        task = self._routes.get(self.endpoint.peer_of(generation))
+        if task is None:
+            raise PlaneUnavailable("the receiver is gone")
+        if task.done():
+            return task.result()
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise PlaneUnavailable("the receiver left before a plane was found")
+        return task.result()
+
+    # Writes.
+
+    async def _write(
+        self, transfer: TransferId, sequence: int, start: int, extents: tuple[Extent, ...]
+    ) -> None:
+        generation = transfer.generation
+        try:
+            route = self._used[generation] = await self._route_of(generation)
+            runs = runs_of(self.sources[generation], route, start, extents)
+            await route.arena.write(GrantKey(route.link, generation, sequence), runs)
+        except Exception as exc:  # whatever a plane raises fails this transfer and no other
+            self.endpoint.write_failed(generation, _failure_of(exc), self.now())
+        else:
+            self.endpoint.write_finished(generation, self.now())
+        self._changed(transfer)
+        self.pump()
+        self._let_go(generation)
+
+    async def _quiesce(self, transfer: TransferId) -> None:
+        """Wait until the failed write cannot land. If that fails, it is never called drained."""
+        task = self._routes.get(self.endpoint.peer_of(transfer.generation))
+        if task is not None and task.done() and not task.cancelled() and not task.exception():
+            await task.result().arena.quiesce()
+        self.endpoint.drained(transfer.generation, self.now())
+        self.pump()
+        self._let_go(transfer.generation)
+
+    def _let_go(self, generation: int) -> None:
+        """Drop the tensors of a transfer that is over and has no write left."""
+        if not self.endpoint.has(generation):
+            self.sources.pop(generation, None)
+            self._used.pop(generation, None)
+
+    def _changed(self, transfer: TransferId) -> None:
+        watcher = self.watchers.get(transfer.generation)
+        if watcher is not None:
+            watcher.changed()
+
+    def _ended(self, generation: int, failure: Failure | None) -> None:
+        watcher = self.watchers.pop(generation, None)
+        if watcher is not None:
+            watcher.ended(failure, self._used.get(generation))
+        self._let_go(generation)
+
+
+def runs_of(
+    rows: Mapping[str, TokenRows], route: Route, start: int, extents: tuple[Extent, ...]
+) -> list[Run]:
+    """Return what has to be copied where, for tokens from `start` on into `extents`."""
+    runs = []
+    for name, each in rows.items():
+        first = start
+        for extent in extents:
+            offset = route.layout.field_range(name, extent).start
+            runs.append(Run(each, first, extent.num_tokens, offset))
+            first += extent.num_tokens
+    return runs
+
+
+def _failure_of(exc: Exception) -> Failure:
+    if isinstance(exc, AiommError):
+        return Failure(exc.reason, exc.message)
+    logger.error("! a write failed in an unforeseen way", exc_info=exc)
+    return Failure(Reason.PLANE, f"writing failed: {type(exc).__name__}: {exc}")
+
+
+async def _detach(task: asyncio.Task[Route]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled() and task.exception() is None:
+        await task.result().arena.aclose()

@@ -1,0 +1,447 @@
+"""The language model's side: reserve early, receive into the pool, give the blocks back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from secrets import token_bytes
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from ._driver.receiving import Delivery, ReceiveDriver
+from .buffers.arrays import Array
+from .config import ReceiverSettings, settings_from
+from .control.address import TcpAddress, parse_address
+from .errors import Failure, PoolClosed, Reason, Rejected, error_from
+from .planes.base import Plane
+from .planes.registry import make_planes
+from .types import Schema, Ticket, TransferStats
+
+__all__ = ["Lease", "Receiver", "Reception"]
+
+
+class Lease(Mapping[str, Array]):
+    """Received tensors, for as long as the lease is held.
+
+    A mapping from field name to tensor `[num_tokens, *shape]`: a view of the pool if the
+    tokens lie in one run there, else memory of its own. After :meth:`release` the blocks
+    belong to others: do not touch views of them any more. Use it in `with`, release it, or
+    :meth:`detach` from it; a lease that is only dropped keeps its blocks, with a warning.
+    """
+
+    def __init__(self, driver: ReceiveDriver, delivery: Delivery) -> None:
+        transfer = delivery.transfer
+        assert transfer.id is not None
+        self._driver = driver
+        self._delivery = delivery
+        self._is_released = False
+        self._joined = None if delivery.joined is None else delivery.joined.tensors()
+        self.request_id = transfer.id.request_id
+        self.num_tokens = transfer.transferred_tokens
+        self.buffered_chunks = tuple(transfer.chunks)
+        """Tokens that arrived under each grant."""
+        self.metadata: dict[str, Any] = (
+            msgspec.msgpack.decode(transfer.metadata) if transfer.metadata else {}
+        )
+        """What the sender gave along with the tensors."""
+        self.stats = _stats(delivery, driver.schema)
+        for allocation in delivery.allocations:
+            driver.pool.lease(allocation)
+
+    @property
+    def is_view(self) -> bool:
+        """The tensors are views of the pool; else they have memory of their own."""
+        return self._joined is None
+
+    def __getitem__(self, name: str) -> Array:
+        if self._is_released and self.is_view:
+            raise PoolClosed(
+                f"the lease of {self.request_id!r} was released: its blocks are others'"
+            )
+        if self._joined is not None:
+            return self._joined[name]
+        return self._driver.tensors.view(name, self._delivery.extent)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._driver.schema)
+
+    def __len__(self) -> int:
+        return len(self._driver.schema)
+
+    def release(self) -> None:
+        """Give the blocks back. Idempotent, and immediate."""
+        if not self._is_released:
+            self._is_released = True
+            self._driver.release(self._delivery.allocations)
+
+    def detach(self) -> dict[str, Array]:
+        """Return tensors that outlive the lease, and release it.
+
+        It copies once where the tensors are views of the pool; large ones take milliseconds,
+        for which `asyncio.to_thread` is the place. Do not use it from two threads.
+        """
+        if self._joined is not None:
+            tensors = dict(self._joined)
+        else:
+            tensors = {name: _copy(tensor) for name, tensor in self.items()}
+        self._driver.loop.call_soon_threadsafe(self.release)
+        return tensors
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        kind = "released" if self._is_released else "view" if self.is_view else "joined"
+        return (
+            f"<Lease {self.request_id!r}: {self.num_tokens} tokens in chunks "
+            f"{list(self.buffered_chunks)}, {kind}>"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def __del__(self) -> None:
+        if not getattr(self, "_is_released", True) and self._delivery.allocations:
+            warnings.warn(
+                f"{self!r} was never released", ResourceWarning, source=self, stacklevel=2
+            )
+
+
+class Reception:
+    """What :meth:`Receiver.receive` returns: `await` it, or enter it with `async with`."""
+
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self._wait = wait
+        self._lease: Lease | None = None
+
+    def __await__(self) -> Generator[Any, None, Lease]:
+        return self._wait().__await__()  # type: ignore[no-any-return]
+
+    async def __aenter__(self) -> Lease:
+        self._lease = await self
+        return self._lease
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._lease is not None:
+            self._lease.release()
+
+
+class Receiver:
+    """Receives tensors into a pool of blocks that it owns.
+
+    Args:
+        schema: the fields of every transfer.
+        bind: where senders connect, such as `tcp://127.0.0.1:8001` (port 0 or `*`: any).
+        connect: addresses of senders that listen; they may send here what has no other
+            destination.
+        device: where the pool lies; only `"cpu"` so far.
+        planes: `"auto"`, one name, or names and :class:`~aiomm.planes.base.Plane` objects in
+            order of preference.
+        settings: the fields of :class:`~aiomm.config.ReceiverSettings`: `blocks`,
+            `block_size`, `default_blocks`, `timeout` and others.
+
+    Raises:
+        ValueError: a setting or an address is wrong.
+        PlaneUnavailable: a plane or the device is not known.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        bind: str | None = None,
+        connect: str | Sequence[str] = (),
+        device: str = "cpu",
+        planes: str | Sequence[str | Plane] = "auto",
+        **settings: Any,
+    ) -> None:
+        if device != "cpu":
+            raise ValueError(f"device {device!r}: only 'cpu' can hold the pool so far")
+        self.schema = schema
+        self.settings = settings_from(ReceiverSettings, settings)
+        self._connect = (connect,) if isinstance(connect, str) else tuple(connect)
+        self._driver = ReceiveDriver(
+            schema,
+            self.settings,
+            bind,
+            make_planes(planes),
+            self.settings.name or f"receiver-{os.getpid()}",
+            takes_any=bool(self._connect),
+            waiter=self,
+        )
+        self._waiting: dict[int, asyncio.Future[Delivery]] = {}
+        self._results: dict[int, Delivery | Failure] = {}
+        """What has ended and nobody has asked for yet."""
+        self._arrived: deque[int] = deque()
+        self._arrival = asyncio.Event()
+
+    @property
+    def address(self) -> str | None:
+        """Where senders reach this receiver, with the real port; None if it does not listen.
+
+        Before the start it is known only if `bind` names a port.
+        """
+        if self._driver.channel.address is not None or self._driver.bind is None:
+            return self._driver.channel.address
+        planned = parse_address(self._driver.bind)
+        if not isinstance(planned, TcpAddress):
+            return str(planned)
+        return str(planned.reachable(planned.port)) if planned.port else None
+
+    async def start(self) -> None:
+        """Make the pool and bind. Entering `async with` does it, and first use begins it.
+
+        Raises:
+            OSError: the address cannot be bound.
+            PlaneUnavailable: no plane can be used, or there is no memory for the pool.
+        """
+        starting = self._driver.ensure_started()
+        await asyncio.shield(starting)
+        for address in self._connect:
+            self._driver.contact(address)
+        self._driver.pump()
+
+    async def aclose(self) -> None:
+        """Abort what is not done, wait for senders to drain, part, close the pool. Idempotent.
+
+        Leases that are still held stay readable.
+        """
+        await self._driver.aclose()
+        self._arrival.set()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def expect(self, request_id: str, *, timeout: float | None = None) -> Ticket:
+        """Reserve the default allocation as soon as it is free, and return the ticket at once.
+
+        Args:
+            request_id: any string, used by no other open request.
+            timeout: seconds until the request is given up if it is not done and received.
+
+        Raises:
+            Rejected: the request id is in use, or (retryable) too many requests are open.
+            PoolClosed: the receiver is closed.
+        """
+        driver = self._driver
+        starting = driver.ensure_started()
+        if self.address is None and driver.bind is not None and not starting.done():
+            raise Rejected("bind to a port of your choice, or start the receiver before expect()")
+        key = token_bytes(16)
+        seconds = self.settings.timeout if timeout is None else timeout
+        driver.endpoint.expect(request_id, key, seconds, driver.now())
+        if driver.is_started:
+            driver.pump()
+        return Ticket(
+            kind="expect",
+            request_id=request_id,
+            address=self.address or "",
+            epoch=driver.endpoint.epoch,
+            key=key,
+        )
+
+    def receive(
+        self,
+        request: str | Ticket | bytes,
+        *,
+        source: str | None = None,
+        timeout: float | None = None,
+    ) -> Reception:
+        """Wait until the request is done; `async with` gives the lease, and takes it back.
+
+        Cancelling the wait gives the request up, and tells the sender.
+
+        Args:
+            request: a request id (expected, arriving, or still to come), or a sender's ticket
+                (or its JSON or bytes), which this redeems.
+            source: with a bare request id: the address of the sender to ask for it.
+            timeout: seconds for a request that begins here; one that was expected keeps its
+                own.
+
+        Raises:
+            AiommError: when awaited; see the tree in :mod:`aiomm.errors`.
+        """
+        return Reception(lambda: self._receive(request, source, timeout))
+
+    def cancel(self, request_id: str, reason: str = "cancelled by the receiver") -> None:
+        """Give a request up and tell its sender at once. Harmless when there is none."""
+        driver = self._driver
+        if not driver.is_started:
+            return
+        driver.endpoint.cancel(request_id, Failure(Reason.CANCELLED, reason), driver.now())
+        driver.pump()
+
+    def metrics(self) -> dict[str, int]:
+        """Return figures of this moment: blocks in each state, requests, what was ignored."""
+        driver = self._driver
+        blocks = {f"blocks_{state.value}": n for state, n in driver.pool.counts().items()}
+        ignored = {f"ignored_{name}": n for name, n in driver.endpoint.counters.items()}
+        return {
+            **blocks,
+            "requests_open": len(driver.endpoint.numbers()),
+            "requests_waiting_for_blocks": driver.queue.num_waiting,
+            "bytes_buffered": driver.buffered_bytes,
+            "peers": len(driver.endpoint.sessions),
+            **ignored,
+        }
+
+    def __aiter__(self) -> AsyncIterator[Lease]:
+        return self._arrivals()
+
+    async def _arrivals(self) -> AsyncIterator[Lease]:
+        """Yield what arrives and nobody asks for by its id, until the receiver is closed."""
+        await self.start()
+        while True:
+            while self._arrived:
+                number = self._arrived.popleft()
+                if isinstance(self._results.get(number), Delivery):
+                    yield self._take(number)
+            if self._driver.is_closing:
+                return
+            self._arrival.clear()
+            await self._arrival.wait()
+
+    def ended(self, number: int, result: Delivery | Failure) -> None:
+        """Pass a result on to who waits for it, or keep it (called by the driver)."""
+        late = self._results.pop(number, None)
+        if isinstance(late, Delivery):  # it was kept until its deadline, and nobody came
+            self._driver.release(late.allocations)
+        waiting = self._waiting.pop(number, None)
+        if waiting is None:
+            if late is None:
+                self._results[number] = result
+                self._arrived.append(number)
+                self._arrival.set()
+        elif isinstance(result, Failure):
+            transfer = self._driver.endpoint.transfer(number)
+            self._driver.endpoint.taken(number)
+            waiting.set_exception(error_from(result, story=transfer.story()))
+        else:
+            self._driver.endpoint.taken(number)
+            waiting.set_result(result)
+
+    async def _receive(
+        self, request: str | Ticket | bytes, source: str | None, timeout: float | None
+    ) -> Lease:
+        await self.start()
+        self._driver.check_open()
+        number = self._begin(request, source, self.settings.timeout if timeout is None else timeout)
+        if number in self._results:
+            return self._take(number)
+        if number in self._waiting:
+            raise Rejected(f"request {request!r} is being received already")
+        self._waiting[number] = future = self._driver.loop.create_future()
+        self._driver.pump()
+        try:
+            return Lease(self._driver, await future)
+        except asyncio.CancelledError:
+            self._give_up(number, future)
+            raise
+
+    def _begin(self, request: str | Ticket | bytes, source: str | None, timeout: float) -> int:
+        driver, now = self._driver, self._driver.now()
+        if source is None and isinstance(request, str) and not request.startswith("{"):
+            return driver.endpoint.receive(request, timeout, now)
+        request_id, key, life, address = str(request), b"", 0, source
+        if source is None:
+            ticket = _ticket_from(request)
+            if ticket.kind != "offer":
+                raise Rejected("this ticket is for a sender to claim; receive its request id")
+            request_id, key, life, address = (
+                ticket.request_id,
+                ticket.key,
+                ticket.epoch,
+                ticket.address,
+            )
+        path = None
+        if address and life not in driver.endpoint.sessions:
+            path = driver.contact(address)
+        return driver.endpoint.redeem(
+            request_id, key, path=path, life=life, timeout=timeout, now=now
+        )
+
+    def _take(self, number: int) -> Lease:
+        result = self._results.pop(number)
+        story = self._driver.endpoint.transfer(number).story()
+        self._driver.endpoint.taken(number)
+        if isinstance(result, Failure):
+            raise error_from(result, story=story)
+        return Lease(self._driver, result)
+
+    def _give_up(self, number: int, future: asyncio.Future[Delivery]) -> None:
+        driver = self._driver
+        self._waiting.pop(number, None)
+        if future.done() and not future.cancelled() and future.exception() is None:
+            driver.release(future.result().allocations)
+            return
+        failure = Failure(Reason.CANCELLED, "the receiver's await was cancelled")
+        driver.endpoint.fail(number, failure, driver.now())
+        driver.endpoint.taken(number)
+        driver.pump()
+
+    def __repr__(self) -> str:
+        return f"<Receiver {self._driver.name} at {self.address}: {self._driver.pool!r}>"
+
+    def __del__(self) -> None:
+        driver = getattr(self, "_driver", None)
+        if driver is not None and driver.is_started and not driver.is_closing:
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+
+
+def _ticket_from(request: str | Ticket | bytes) -> Ticket:
+    if isinstance(request, Ticket):
+        return request
+    return Ticket.from_json(request) if isinstance(request, str) else Ticket.from_bytes(request)
+
+
+def _copy(tensor: Any) -> Array:
+    copied: Array = tensor.clone() if hasattr(tensor, "clone") else tensor.copy()
+    return copied
+
+
+def _stats(delivery: Delivery, schema: Schema) -> TransferStats:
+    transfer = delivery.transfer
+    assert transfer.id is not None
+    began = transfer.history[0][1]
+    return TransferStats(
+        request_id=transfer.id.request_id,
+        plane=delivery.plane,
+        refused_planes=(),
+        num_tokens=transfer.transferred_tokens,
+        nbytes=transfer.transferred_tokens * schema.token_nbytes,
+        buffered_chunks=tuple(transfer.chunks),
+        resumes=transfer.resumes,
+        seconds=transfer.history[-1][1] - began,
+        states=tuple((state.value, at - began) for state, at in transfer.history),
+        block_indices=tuple(blocks for blocks, _ in transfer.grants),
+        start_offsets=tuple(extents[0].start if extents else 0 for _, extents in transfer.grants),
+    )

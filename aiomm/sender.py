@@ -1,0 +1,500 @@
+"""The encoder's side: claim a ticket early, send the tensors when they are there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import warnings
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from secrets import token_bytes
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from ._driver.routes import Route
+from ._driver.sending import SendDriver
+from .buffers.tensors import rows_of
+from .config import SenderSettings, settings_from
+from .errors import Failure, IncompatibleSchema, Reason, Rejected, error_from
+from .planes.base import Plane
+from .planes.registry import make_planes
+from .protocol.events import TokensReady
+from .protocol.frames import MAX_METADATA_NBYTES
+from .protocol.states import State
+from .protocol.transfer import SendTransfer
+from .types import Schema, Ticket, TransferStats
+
+__all__ = ["OfferedTicket", "Sender", "Transfer"]
+
+logger = logging.getLogger("aiomm.sender")
+
+
+class Transfer:
+    """One transfer: a handle, and awaitable as often as one likes.
+
+    Awaiting it returns :class:`TransferStats` or raises the typed error. As with a task,
+    cancelling the await cancels the transfer; use `asyncio.shield` to only stop waiting.
+    """
+
+    def __init__(self, sender: Sender, request_id: str, announced: int | None = None) -> None:
+        self._sender = sender
+        self._announced = announced
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[TransferStats] = self._loop.create_future()
+        self._future.add_done_callback(_look_at)
+        self._core: SendTransfer | None = None
+        self._tensors: tuple[int, bytes] | None = None
+        self._cancelled_with: Failure | None = None
+        self._rows: Mapping[str, Any] = {}
+        self._changes: asyncio.Event = asyncio.Event()
+        self.request_id = request_id
+
+    @property
+    def state(self) -> State:
+        """ALLOC, SENDING, AWAITING_RESUME, DONE or FAILED."""
+        if self._core is not None:
+            return self._core.state
+        return State.FAILED if self._future.done() else State.ALLOC
+
+    @property
+    def transferred_tokens(self) -> int:
+        """Tokens that have landed at the receiver."""
+        return 0 if self._core is None else self._core.transferred_tokens
+
+    def send(
+        self, tensors: Mapping[str, object], *, metadata: Mapping[str, Any] | None = None
+    ) -> Transfer:
+        """Give the tensors, `[num_tokens, *shape]` per field; returns at once.
+
+        The tensors must not change until the transfer is over. Torch tensors, numpy arrays,
+        anything with DLPack, and bytes are taken, dense or strided.
+
+        Args:
+            tensors: one per field of the schema, all with the same number of tokens.
+            metadata: plain values (JSON-like) that the receiver finds in its lease, up to
+                32 KiB encoded.
+
+        Raises:
+            IncompatibleSchema: the tensors do not match the schema. The transfer goes on: send
+                the right ones, or cancel it.
+            Rejected: tensors were given before, or the metadata is too large.
+        """
+        if self._tensors is not None:
+            raise Rejected(f"the tensors of {self.request_id!r} were given before")
+        encoded = _encode_metadata(metadata)
+        rows = rows_of(self._sender.schema, tensors)
+        num_tokens = _num_tokens(rows)
+        if self._announced not in (None, num_tokens):
+            raise IncompatibleSchema(f"{self._announced} tokens were announced, got {num_tokens}")
+        self._rows, self._tensors = rows, (num_tokens, encoded)
+        if self._core is not None:
+            self._give_tensors(self._core)
+        return self
+
+    def cancel(self, reason: str = "cancelled by the sender") -> None:
+        """Give the transfer up and tell the receiver at once. Harmless when it is over."""
+        failure = Failure(Reason.CANCELLED, reason)
+        if self._core is None:
+            self._cancelled_with = failure
+            self.ended(failure, None)
+        elif not self._future.done():
+            driver = self._sender._driver
+            driver.endpoint.fail(self._core.id.generation, failure, driver.now())
+            driver.pump()
+
+    def add_done_callback(self, callback: Callable[[Transfer], object]) -> None:
+        """Call `callback(transfer)` from the loop when the transfer is over."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+    def done(self) -> bool:
+        """Whether the transfer is over."""
+        return self._future.done()
+
+    def exception(self) -> BaseException | None:
+        """Return what awaiting raises, or None; only when :meth:`done`."""
+        return self._future.exception()
+
+    async def events(self) -> AsyncIterator[State]:
+        """Yield every state from ALLOC on, until DONE or FAILED."""
+        told = 0
+        while True:
+            history = [(State.ALLOC, 0.0)] if self._core is None else self._core.history
+            for state, _ in history[told:]:
+                yield state
+            told = len(history)
+            if self._future.done():
+                return
+            self._changes.clear()
+            await self._changes.wait()
+
+    def __await__(self) -> Generator[Any, None, TransferStats]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> TransferStats:
+        try:
+            return await asyncio.shield(self._future)
+        except asyncio.CancelledError:
+            self.cancel("the sender's await was cancelled")
+            raise
+
+    def __repr__(self) -> str:
+        total = "?" if self._core is None or self._core.total is None else self._core.total
+        return (
+            f"<Transfer {self.request_id!r} {self.state}: "
+            f"{self.transferred_tokens} of {total} tokens>"
+        )
+
+    # What the driver calls.
+
+    def open(self, core: SendTransfer) -> None:
+        """Take the protocol's transfer, now that the endpoint is up."""
+        self._core = core
+        self._sender._driver.watchers[core.id.generation] = self
+        if self._cancelled_with is not None:
+            driver = self._sender._driver
+            driver.endpoint.fail(core.id.generation, self._cancelled_with, driver.now())
+        elif self._tensors is not None:
+            self._sender._driver.sources[core.id.generation] = self._rows
+
+    def changed(self) -> None:
+        """Wake who follows :meth:`events`."""
+        self._changes.set()
+
+    def ended(self, failure: Failure | None, route: Route | None) -> None:
+        """Resolve the handle."""
+        self._rows = {}
+        self._changes.set()
+        if self._future.done():
+            return
+        if failure is None and self._core is not None:
+            self._future.set_result(_stats(self._core, self._sender.schema, route))
+        elif failure is not None:
+            story = () if self._core is None else self._core.story()
+            self._future.set_exception(error_from(failure, story=story))
+
+    def _ready(self) -> TokensReady | None:
+        """What is known of the tokens by now."""
+        if self._tensors is not None:
+            num_tokens, metadata = self._tensors
+            return TokensReady(num_tokens, num_tokens, metadata)
+        return None if self._announced is None else TokensReady(0, self._announced)
+
+    def _give_tensors(self, core: SendTransfer) -> None:
+        driver, generation = self._sender._driver, core.id.generation
+        ready = self._ready()
+        if ready is not None and driver.endpoint.has(generation):
+            driver.sources[generation] = self._rows
+            driver.endpoint.tokens_ready(generation, ready, driver.now())
+            driver.pump()
+
+
+class OfferedTicket:
+    """Tensors on offer: the ticket to give away, and a handle that ends with the offer.
+
+    Awaiting it returns how often it was redeemed to the end, once the offer has ended: by
+    :meth:`withdraw`, by its timeout, or with the sender.
+    """
+
+    def __init__(self, sender: Sender, ticket: Ticket) -> None:
+        self._sender = sender
+        self._future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.ticket = ticket
+        self.redeemed = 0
+        """Transfers of this offer that a receiver has accepted whole."""
+
+    def withdraw(self) -> None:
+        """End the offer. Transfers that have begun go on. Idempotent."""
+        self._sender._withdraw(self.ticket.request_id, self)
+
+    def to_bytes(self) -> bytes:
+        """Return the ticket as MessagePack."""
+        return self.ticket.to_bytes()
+
+    def to_json(self) -> str:
+        """Return the ticket as JSON."""
+        return self.ticket.to_json()
+
+    def changed(self) -> None:
+        """A transfer of the offer has entered another state."""
+
+    def ended(self, failure: Failure | None, route: Route | None) -> None:
+        """Count a transfer of the offer that is over."""
+        if failure is None:
+            self.redeemed += 1
+        else:
+            logger.info("! a redemption of %r failed: %s", self.ticket.request_id, failure.message)
+
+    def end(self) -> None:
+        """Resolve the handle."""
+        if not self._future.done():
+            self._future.set_result(self.redeemed)
+
+    def __await__(self) -> Generator[Any, None, int]:
+        return asyncio.shield(self._future).__await__()
+
+    def __repr__(self) -> str:
+        over = "ended" if self._future.done() else "standing"
+        return f"<Offer {self.ticket.request_id!r} {over}: redeemed {self.redeemed} times>"
+
+
+class Sender:
+    """Sends tensors into receivers' pools.
+
+    Args:
+        schema: the fields of every transfer.
+        bind: where receivers may connect to this sender, such as `tcp://127.0.0.1:*`; needed
+            for :meth:`offer` and for receivers that ask by `source=`.
+        planes: `"auto"`, one name, or names and :class:`~aiomm.planes.base.Plane` objects in
+            order of preference.
+        strict: use the first plane or fail.
+        timeout: seconds for a transfer that is given none of its own; default 30.
+        settings: the other fields of :class:`~aiomm.config.SenderSettings`.
+
+    Raises:
+        ValueError: a setting or the address is wrong.
+        PlaneUnavailable: a plane is not known.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        bind: str | None = None,
+        planes: str | Sequence[str | Plane] = "auto",
+        **settings: Any,
+    ) -> None:
+        self.schema = schema
+        self.settings = settings_from(SenderSettings, settings)
+        name = self.settings.name or f"sender-{os.getpid()}"
+        self._driver = SendDriver(schema, self.settings, bind, make_planes(planes), name)
+        self._offers: dict[str, tuple[OfferedTicket, asyncio.TimerHandle]] = {}
+
+    @property
+    def address(self) -> str | None:
+        """Where receivers reach this sender, with the real port; None if it does not listen."""
+        return self._driver.channel.address
+
+    async def start(self) -> None:
+        """Bind. Entering `async with` does it, and first use begins it.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        await asyncio.shield(self._driver.ensure_started())
+
+    async def aclose(self) -> None:
+        """Abort what is not done, wait for writes to drain, and part. Idempotent."""
+        for offer, _ in list(self._offers.values()):
+            offer.withdraw()
+        await self._driver.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def claim(
+        self,
+        ticket: Ticket | str | bytes,
+        *,
+        num_tokens: int | None = None,
+        timeout: float | None = None,
+    ) -> Transfer:
+        """Ask for the grant now, before the tensors are there; returns at once.
+
+        Args:
+            ticket: from `receiver.expect()`, or its JSON or bytes.
+            num_tokens: the length, if it is known by now: then the grant is exact.
+            timeout: seconds for the whole transfer.
+
+        Raises:
+            ProtocolError: this is no ticket.
+            Rejected: it is the ticket of an offer, or (retryable) too many transfers wait.
+            PoolClosed: the sender is closed.
+        """
+        ticket = _ticket_from(ticket)
+        if ticket.kind != "expect":
+            raise Rejected("this ticket is an offer: a receiver redeems it")
+        transfer = Transfer(self, ticket.request_id, num_tokens)
+        return self._open(transfer, timeout, ticket=ticket)
+
+    async def send(
+        self,
+        request: Ticket | str | bytes,
+        tensors: Mapping[str, object],
+        *,
+        to: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> TransferStats:
+        """Send the tensors of one request, and return when the receiver has them.
+
+        Args:
+            request: a ticket (or its JSON or bytes), or a bare request id.
+            tensors: see :meth:`Transfer.send`.
+            to: the receiver's address, for a bare request id. Without it the transfer goes to
+                the receiver that asks for it, or to one that takes anything.
+            metadata: see :meth:`Transfer.send`.
+            timeout: seconds for the whole transfer.
+
+        Raises:
+            AiommError: see the tree in :mod:`aiomm.errors`.
+        """
+        is_bare = isinstance(request, str) and not request.startswith("{")
+        ticket = None if is_bare else _ticket_from(request)
+        transfer = Transfer(self, str(request) if ticket is None else ticket.request_id)
+        transfer.send(tensors, metadata=metadata)
+        return await self._open(transfer, timeout, ticket=ticket, to=to)
+
+    def offer(
+        self,
+        request_id: str,
+        tensors: Mapping[str, object],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> OfferedTicket:
+        """Let receivers redeem tensors by a ticket, until it is withdrawn or `timeout` passes.
+
+        The sender must be bound and started. The tensors must not change meanwhile.
+
+        Raises:
+            Rejected: the request id is on offer already, or the sender does not listen.
+            IncompatibleSchema: the tensors do not match the schema.
+        """
+        self._driver.check_open()
+        if self.address is None:
+            raise Rejected("only a started sender with bind= can offer")
+        encoded = _encode_metadata(metadata)
+        rows = rows_of(self.schema, tensors)
+        seconds = self.settings.timeout if timeout is None else timeout
+        key, total = token_bytes(16), _num_tokens(rows)
+        driver = self._driver
+        driver.endpoint.offer(request_id, key, total, encoded, seconds, driver.now())
+        ticket = Ticket(
+            kind="offer",
+            request_id=request_id,
+            address=self.address,
+            epoch=driver.endpoint.epoch,
+            key=key,
+            num_tokens=total,
+        )
+        offered = OfferedTicket(self, ticket)
+        driver.offers[request_id] = (rows, offered)
+        expiry = driver.loop.call_later(seconds, offered.withdraw)
+        self._offers[request_id] = (offered, expiry)
+        return offered
+
+    def _withdraw(self, request_id: str, offered: OfferedTicket) -> None:
+        standing = self._offers.get(request_id)
+        if standing is not None and standing[0] is offered:
+            del self._offers[request_id]
+            standing[1].cancel()
+            self._driver.endpoint.withdraw(request_id)
+            self._driver.offers.pop(request_id, None)
+        offered.end()
+
+    def _open(
+        self,
+        transfer: Transfer,
+        timeout: float | None,
+        *,
+        ticket: Ticket | None = None,
+        to: str | None = None,
+    ) -> Transfer:
+        self._driver.check_open()
+        seconds = self.settings.timeout if timeout is None else timeout
+
+        def begin() -> None:
+            try:
+                self._begin(transfer, ticket, to, seconds)
+            except (Rejected, ValueError) as exc:
+                reason = Reason.BUSY if isinstance(exc, Rejected) else Reason.REJECTED
+                transfer.ended(Failure(reason, str(exc)), None)
+
+        self._driver.when_started(begin, lambda failure: transfer.ended(failure, None))
+        return transfer
+
+    def _begin(
+        self, transfer: Transfer, ticket: Ticket | None, to: str | None, timeout: float
+    ) -> None:
+        driver = self._driver
+        address = to if ticket is None else ticket.address
+        life = 0 if ticket is None else ticket.epoch
+        path = None
+        if address and life not in driver.endpoint.sessions:
+            path = driver.contact(address)
+        core = driver.endpoint.open(
+            transfer.request_id,
+            timeout=timeout,
+            now=driver.now(),
+            path=path,
+            life=life,
+            key=b"" if ticket is None else ticket.key,
+            ready=transfer._ready(),
+        )
+        transfer.open(core)
+        driver.pump()
+
+    def __repr__(self) -> str:
+        return f"<Sender {self._driver.name} at {self.address}: {len(self._driver.watchers)} live>"
+
+    def __del__(self) -> None:
+        driver = getattr(self, "_driver", None)
+        if driver is not None and driver.is_started and not driver.is_closing:
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
+
+
+def _ticket_from(ticket: Ticket | str | bytes) -> Ticket:
+    if isinstance(ticket, Ticket):
+        return ticket
+    return Ticket.from_json(ticket) if isinstance(ticket, str) else Ticket.from_bytes(ticket)
+
+
+def _num_tokens(rows: Mapping[str, Any]) -> int:
+    return int(next(iter(rows.values())).num_tokens)
+
+
+def _encode_metadata(metadata: Mapping[str, Any] | None) -> bytes:
+    if not metadata:
+        return b""
+    try:
+        encoded = msgspec.msgpack.encode(dict(metadata))
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise Rejected(f"metadata must be plain values: {exc}") from exc
+    if len(encoded) > MAX_METADATA_NBYTES:
+        raise Rejected(
+            f"metadata has {len(encoded)} bytes, over the {MAX_METADATA_NBYTES} that a frame "
+            "carries: make it a field of the schema"
+        )
+    return encoded
+
+
+def _stats(core: SendTransfer, schema: Schema, route: Route | None) -> TransferStats:
+    began = core.history[0][1]
+    return TransferStats(
+        request_id=core.id.request_id,
+        plane="" if route is None else route.plane,
+        refused_planes=() if route is None else route.refused,
+        num_tokens=core.transferred_tokens,
+        nbytes=core.transferred_tokens * schema.token_nbytes,
+        buffered_chunks=tuple(core.chunks),
+        resumes=core.resumes,
+        seconds=core.history[-1][1] - began,
+        states=tuple((state.value, at - began) for state, at in core.history),
+    )
+
+
+def _look_at(future: asyncio.Future[Any]) -> None:
+    """A failed transfer that nobody awaits is no unhandled exception: its peer was told."""
+    if not future.cancelled():
+        future.exception()
