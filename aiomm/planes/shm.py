@@ -40,7 +40,7 @@ MAX_STRANGERS = 64
 BACKLOG = 1024
 SECRET_NBYTES = 16
 ACCEPTED = b"\x01"
-REFUSED = "the receiver refuses this process: another user, or the offer is not valid"
+REFUSED = "the receiver refuses this process (another user, or a void offer) or has just ended"
 
 
 class _Offer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):

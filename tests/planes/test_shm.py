@@ -161,10 +161,10 @@ class TestShmPlane(PlaneContract):
         await remote.ended.wait()
         with pytest.raises(PlaneUnavailable, match="died"):
             await remote.write(GRANT, [whole(random_rows(4, 16), 0)])
-        with pytest.raises(PlaneUnavailable, match="no such receiver"):
-            await ShmPlane().attach(offer)
         await remote.aclose()
         process.join()
+        with pytest.raises(PlaneUnavailable, match="no such receiver"):
+            await ShmPlane().attach(offer)
         process.close()
         pipe.close()
 
