@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 
+import torch
+
 import aiomm
 from aiomm import vision
 
@@ -21,8 +23,8 @@ async def answer(bind: str, request_id: str = "photo-1") -> bool:
         ticket = receiver.expect(request_id, timeout=60)  # returns at once, memory or not
         print(ticket.to_json(), flush=True)
         async with receiver.receive(request_id) as lease:
-            tensors = {name: lease[name] for name in vision.SCHEMA}
-            identical = vision.digest(tensors) == lease.metadata["sha256"]
+            tensors = {name: torch.as_tensor(lease[name]) for name in vision.SCHEMA}
+            identical: bool = vision.digest(tensors) == lease.metadata["sha256"]
             tokens = await asyncio.to_thread(vision.next_tokens, model, tensors)
             print(f"received {lease.num_tokens} tokens of {lease.metadata['photo']}")
             print(f"in chunks of {', '.join(map(str, lease.buffered_chunks))}")
