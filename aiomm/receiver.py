@@ -17,7 +17,7 @@ from ._driver.receiving import Delivery, ReceiveDriver
 from .buffers.arrays import Array
 from .config import ReceiverSettings, settings_from
 from .control.address import TcpAddress, parse_address
-from .errors import Failure, PoolClosed, Reason, Rejected, error_from
+from .errors import AiommError, Failure, PoolClosed, Reason, Rejected
 from .planes.base import Plane
 from .planes.registry import make_planes
 from .types import Schema, Ticket, TransferStats
@@ -190,7 +190,7 @@ class Receiver:
             waiter=self,
         )
         self._waiting: dict[int, asyncio.Future[Delivery]] = {}
-        self._results: dict[int, Delivery | Failure] = {}
+        self._results: dict[int, Delivery | AiommError] = {}
         """What has ended and nobody has asked for yet."""
         self._arrived: deque[int] = deque()
         self._arrival = asyncio.Event()
@@ -330,7 +330,7 @@ class Receiver:
             self._arrival.clear()
             await self._arrival.wait()
 
-    def ended(self, number: int, result: Delivery | Failure) -> None:
+    def ended(self, number: int, result: Delivery | AiommError) -> None:
         """Pass a result on to who waits for it, or keep it (called by the driver)."""
         late = self._results.pop(number, None)
         if isinstance(late, Delivery):  # it was kept until its deadline, and nobody came
@@ -341,10 +341,9 @@ class Receiver:
                 self._results[number] = result
                 self._arrived.append(number)
                 self._arrival.set()
-        elif isinstance(result, Failure):
-            transfer = self._driver.endpoint.transfer(number)
+        elif isinstance(result, AiommError):
             self._driver.endpoint.taken(number)
-            waiting.set_exception(error_from(result, story=transfer.story()))
+            waiting.set_exception(result)
         else:
             self._driver.endpoint.taken(number)
             waiting.set_result(result)
@@ -391,10 +390,9 @@ class Receiver:
 
     def _take(self, number: int) -> Lease:
         result = self._results.pop(number)
-        story = self._driver.endpoint.transfer(number).story()
         self._driver.endpoint.taken(number)
-        if isinstance(result, Failure):
-            raise error_from(result, story=story)
+        if isinstance(result, AiommError):
+            raise result
         return Lease(self._driver, result)
 
     def _give_up(self, number: int, future: asyncio.Future[Delivery]) -> None:

@@ -17,7 +17,7 @@ from ._driver.routes import Route
 from ._driver.sending import SendDriver
 from .buffers.tensors import rows_of
 from .config import SenderSettings, settings_from
-from .errors import Failure, IncompatibleSchema, Reason, Rejected, error_from
+from .errors import AiommError, Failure, IncompatibleSchema, Reason, Rejected, error_from
 from .planes.base import Plane
 from .planes.registry import make_planes
 from .protocol.events import TokensReady
@@ -98,7 +98,7 @@ class Transfer:
         failure = Failure(Reason.CANCELLED, reason)
         if self._core is None:
             self._cancelled_with = failure
-            self.ended(failure, None)
+            self.ended(error_from(failure), None)
         elif not self._future.done():
             driver = self._sender._driver
             driver.endpoint.fail(self._core.id.generation, failure, driver.now())
@@ -162,17 +162,16 @@ class Transfer:
         """Wake who follows :meth:`events`."""
         self._changes.set()
 
-    def ended(self, failure: Failure | None, route: Route | None) -> None:
+    def ended(self, error: AiommError | None, route: Route | None) -> None:
         """Resolve the handle."""
         self._rows = {}
         self._changes.set()
         if self._future.done():
             return
-        if failure is None and self._core is not None:
+        if error is not None:
+            self._future.set_exception(error)
+        elif self._core is not None:
             self._future.set_result(_stats(self._core, self._sender.schema, route))
-        elif failure is not None:
-            story = () if self._core is None else self._core.story()
-            self._future.set_exception(error_from(failure, story=story))
 
     def _ready(self) -> TokensReady | None:
         """What is known of the tokens by now."""
@@ -219,12 +218,12 @@ class OfferedTicket:
     def changed(self) -> None:
         """A transfer of the offer has entered another state."""
 
-    def ended(self, failure: Failure | None, route: Route | None) -> None:
+    def ended(self, error: AiommError | None, route: Route | None) -> None:
         """Count a transfer of the offer that is over."""
-        if failure is None:
+        if error is None:
             self.redeemed += 1
         else:
-            logger.info("! a redemption of %r failed: %s", self.ticket.request_id, failure.message)
+            logger.info("! a redemption of %r failed: %s", self.ticket.request_id, error)
 
     def end(self) -> None:
         """Resolve the handle."""
@@ -418,10 +417,9 @@ class Sender:
             try:
                 self._begin(transfer, ticket, to, seconds)
             except (Rejected, ValueError) as exc:
-                reason = Reason.BUSY if isinstance(exc, Rejected) else Reason.REJECTED
-                transfer.ended(Failure(reason, str(exc)), None)
+                transfer.ended(exc if isinstance(exc, Rejected) else Rejected(str(exc)), None)
 
-        self._driver.when_started(begin, lambda failure: transfer.ended(failure, None))
+        self._driver.when_started(begin, lambda failure: transfer.ended(error_from(failure), None))
         return transfer
 
     def _begin(

@@ -23,7 +23,7 @@ from ..buffers.queue import QueueFull, ReservationQueue
 from ..buffers.received import JoinedTensors, PoolTensors
 from ..buffers.shm import MemfdArena
 from ..config import ReceiverSettings
-from ..errors import Failure, PlaneUnavailable, Reason
+from ..errors import AiommError, Failure, PlaneUnavailable, Reason, error_from
 from ..planes.base import Export, GrantKey, Plane
 from ..protocol.commands import (
     Command,
@@ -76,7 +76,7 @@ class Delivery:
 class Waiter(Protocol):
     """Whoever wants to know how a request ends."""
 
-    def ended(self, number: int, result: Delivery | Failure) -> None:
+    def ended(self, number: int, result: Delivery | AiommError) -> None:
         """The request is over. A delivery's blocks are the waiter's from now on."""
 
 
@@ -227,9 +227,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 self._copy_out(number, extents, total, self.endpoint.joined)
             case Deliver():
                 self._deliver(command)
-            case Fail(number, failure):
+            case Fail(number, failure, story):
                 self._take_joined(number)
-                self.waiter.ended(number, failure)
+                self.waiter.ended(number, error_from(failure, story=story))
             case CompareProbe():
                 self._compare(command)
             case Greet(peer):

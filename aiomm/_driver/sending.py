@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 from ..buffers.tensors import TokenRows
 from ..config import SenderSettings
-from ..errors import AiommError, Failure, PlaneUnavailable, Reason
+from ..errors import AiommError, Failure, PlaneUnavailable, Reason, error_from
 from ..planes.base import GrantKey, Plane, Run
 from ..protocol.commands import (
     Command,
@@ -20,6 +20,7 @@ from ..protocol.commands import (
     ProbeResult,
     Quiesce,
     Serve,
+    Tell,
     Write,
 )
 from ..protocol.frames import Hello, specs_of
@@ -40,8 +41,8 @@ class Watcher(Protocol):
     def changed(self) -> None:
         """The transfer may have entered another state."""
 
-    def ended(self, failure: Failure | None, route: Route | None) -> None:
-        """The transfer is over; `failure` is None if everything was accepted."""
+    def ended(self, error: AiommError | None, route: Route | None) -> None:
+        """The transfer is over; `error` is None if everything was accepted."""
 
 
 class SendDriver(Driver[SendEndpoint]):
@@ -114,17 +115,19 @@ class SendDriver(Driver[SendEndpoint]):
         match command:
             case Write(transfer, sequence, start, extents):
                 self.spawn(self._write(transfer, sequence, start, extents), f"write {transfer}")
-                self._changed(transfer)
             case Quiesce(transfer):
                 self.spawn(self._quiesce(transfer), f"quiesce {transfer}")
             case Serve(transfer):
                 rows, watcher = self.offers[transfer.request_id]
                 self.sources[transfer.generation] = rows
                 self.watchers[transfer.generation] = watcher
+            case Tell(transfer):
+                if transfer.generation in self.watchers:
+                    self.watchers[transfer.generation].changed()
             case Finish(transfer):
                 self._ended(transfer.generation, None)
-            case Fail(generation, failure):
-                self._ended(generation, failure)
+            case Fail(generation, failure, story):
+                self._ended(generation, error_from(failure, story=story))
             case Greet(peer, hello):
                 self._find_route(peer, hello)
             case ProbeResult(peer, plane, matched):
@@ -186,7 +189,6 @@ class SendDriver(Driver[SendEndpoint]):
             self.endpoint.write_failed(generation, _failure_of(exc), self.now())
         else:
             self.endpoint.write_finished(generation, self.now())
-        self._changed(transfer)
         self.pump()
         self._let_go(generation)
 
@@ -205,15 +207,10 @@ class SendDriver(Driver[SendEndpoint]):
             self.sources.pop(generation, None)
             self._used.pop(generation, None)
 
-    def _changed(self, transfer: TransferId) -> None:
-        watcher = self.watchers.get(transfer.generation)
-        if watcher is not None:
-            watcher.changed()
-
-    def _ended(self, generation: int, failure: Failure | None) -> None:
+    def _ended(self, generation: int, error: AiommError | None) -> None:
         watcher = self.watchers.pop(generation, None)
         if watcher is not None:
-            watcher.ended(failure, self._used.get(generation))
+            watcher.ended(error, self._used.get(generation))
         self._let_go(generation)
 
 

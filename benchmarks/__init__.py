@@ -1,0 +1,1 @@
+"""Measurements, each repeatable with one command; no test asserts any of them."""
