@@ -247,9 +247,13 @@ class _ShmArena(RemoteArena):
 
     async def aclose(self) -> None:
         self._leave("detached")
+        await self._copies.drain()
+        # Unmapping takes 0.1 ms per MiB: on the thread, where it holds nobody up.
+        if self._memory:
+            mapping = [self._memory]
+            self._memory = memoryview(b"")
+            await self._copies.run(mapping.clear)
         await self._copies.aclose()
-        # Unmapped here, unless somebody outside still holds a piece of it.
-        self._memory = memoryview(b"")
 
     def _copy(self, runs: Sequence[Run]) -> None:
         for run in runs:
