@@ -77,7 +77,11 @@ def settings_from(
 
     Raises:
         ValueError: a value is out of range or not of its type; says which, and where it stands.
+        TypeError: there is no setting of that name.
     """
+    unknown = sorted(arguments.keys() - set(kind.__struct_fields__))
+    if unknown:
+        raise TypeError(f"{', '.join(unknown)}: no such setting; {kind.__name__} lists them")
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     for field in msgspec.structs.fields(kind):
