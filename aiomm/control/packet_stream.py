@@ -1,8 +1,8 @@
 """Packets over one connected stream socket: four bytes of length, then the packet.
 
-The loop only tells readiness; reading and writing are plain calls on the socket. So the first
-packet of a turn is in the kernel before `write` returns, and those that follow in the same turn
-travel together in one call.
+The loop only tells readiness; reading and writing are plain calls on the socket, so a packet is
+in the kernel before `write` returns. Only the second and later answers to packets that came in
+together wait for the last of these, and leave together in one call.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class PacketStream:
         self._buffer = bytearray(_FIRST_BUFFER_NBYTES)
         self._filled = 0
         self._outgoing = bytearray()
-        self._flush_due: asyncio.Handle | None = None
+        self._is_delivering = False
+        self._gathers = False
         self._waits_for_room = False
         self._closed = False
         loop.add_reader(connection.fileno(), self._read)
@@ -63,16 +64,17 @@ class PacketStream:
         if self._closed:
             return False
         frame = _LENGTH.pack(len(packet)) + packet
-        if self._flush_due is not None or self._waits_for_room:
+        if self._gathers or self._outgoing:
             if len(self._outgoing) + len(frame) > self._limit_nbytes:
                 return False
             self._outgoing += frame
             return True
-        self._flush_due = self._loop.call_soon(self._flush)
+        self._gathers = self._is_delivering
         sent = self._send(frame)
         if sent < len(frame):
             self._outgoing += frame[sent:]
-        return not self._closed
+            self._wait_for_room()
+        return True
 
     def unread_nbytes(self) -> int:
         """Return how many bytes have arrived and are not read yet."""
@@ -101,7 +103,12 @@ class PacketStream:
             self._end("the peer closed the connection")
             return
         self._filled += received
-        self._deliver()
+        self._is_delivering = True
+        try:
+            self._deliver()
+        finally:
+            self._is_delivering = self._gathers = False
+            self._flush()
 
     def _deliver(self) -> None:
         """Hand over the whole packets of the buffer, and move the rest to its front."""
@@ -130,21 +137,18 @@ class PacketStream:
             self._buffer += bytes(_FULL_BUFFER_NBYTES - self._filled)
 
     def _flush(self) -> None:
-        self._flush_due = None
-        if self._closed:
-            return
         if self._outgoing:
             del self._outgoing[: self._send(self._outgoing)]
-        self._wait_for_room(bool(self._outgoing))
-
-    def _wait_for_room(self, waits: bool) -> None:
-        if waits is self._waits_for_room or self._closed:
-            return
-        self._waits_for_room = waits
-        if waits:
-            self._loop.add_writer(self._connection.fileno(), self._flush)
-        else:
+        if self._outgoing:
+            self._wait_for_room()
+        elif self._waits_for_room:
+            self._waits_for_room = False
             self._loop.remove_writer(self._connection.fileno())
+
+    def _wait_for_room(self) -> None:
+        if not self._waits_for_room:
+            self._waits_for_room = True
+            self._loop.add_writer(self._connection.fileno(), self._flush)
 
     def _send(self, octets: bytes | bytearray) -> int:
         """Give the kernel what it takes; return how much that was."""
@@ -162,10 +166,10 @@ class PacketStream:
 
     def _stop(self) -> None:
         self._closed = True
-        if self._flush_due is not None:
-            self._flush_due.cancel()
         descriptor = self._connection.fileno()
         self._loop.remove_reader(descriptor)
-        self._loop.remove_writer(descriptor)
+        if self._waits_for_room:
+            self._waits_for_room = False
+            self._loop.remove_writer(descriptor)
         self._outgoing.clear()
         self._connection.close()

@@ -33,13 +33,13 @@ async def main(kind: str, address: str, mode: str) -> None:
     channel = KINDS[kind](None, "child")
     await channel.start(recorder)
     peer: Peer = channel.connect(address)
+    if mode == "fork" and os.fork() == 0:
+        sys.stdin.buffer.read()
+        os._exit(0)
     channel.send(peer, b"hello")
     if mode == "unclosed":
         await recorder.until_packets(1)
         return
-    if mode == "fork" and os.fork() == 0:
-        sys.stdin.buffer.read()
-        os._exit(0)
     if mode == "leave":
         channel.disconnect(peer)
     await input_ended()
