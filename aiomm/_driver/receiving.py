@@ -294,12 +294,15 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             )
 
     def _revoke(self, number: int) -> bool:
-        """Withdraw the grants of a request; True if the plane proves that nothing can land."""
+        """Withdraw the grants of a request; True if the planes prove that nothing can land.
+
+        A sender whose probe has not arrived yet may use any of them.
+        """
         proven = True
         for grant in self._grants.pop(number, ()):
             used = self._planes_of_link.get(grant.peer)
             for name, export in self._exports.items():
-                if not export.revoke(grant) and name == used:
+                if not export.revoke(grant) and used in (name, None):
                     proven = False
         return proven
 

@@ -183,8 +183,9 @@ class SendDriver(Driver[SendEndpoint]):
         generation = transfer.generation
         try:
             route = self._used[generation] = await self._route_of(generation)
-            runs = runs_of(self.sources[generation], route, start, extents)
-            await route.arena.write(GrantKey(route.link, generation, sequence), runs)
+            if generation in self.watchers:  # it has not failed while a plane was looked for
+                runs = runs_of(self.sources[generation], route, start, extents)
+                await route.arena.write(GrantKey(route.link, generation, sequence), runs)
         except Exception as exc:  # whatever a plane raises fails this transfer and no other
             self.endpoint.write_failed(generation, _failure_of(exc), self.now())
         else:
