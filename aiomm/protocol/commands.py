@@ -5,7 +5,7 @@ A command that has to be awaited ends in exactly one event, named in its docstri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ..errors import Failure
@@ -31,6 +31,7 @@ __all__ = [
     "ReserveRest",
     "SendFrame",
     "Serve",
+    "Tell",
     "TransferCommand",
     "Transmit",
     "Unreserve",
@@ -58,6 +59,13 @@ class Write:
 @dataclass(frozen=True, slots=True)
 class Quiesce:
     """Sender: wait until nothing of the failed write can land. Ends in Drained."""
+
+    transfer: TransferId
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Sender: tell the user that the transfer has entered another state."""
 
     transfer: TransferId
 
@@ -161,6 +169,8 @@ class Fail:
 
     number: int
     failure: Failure
+    story: tuple[str, ...] = field(default=(), compare=False)
+    """The states that the transfer passed, with seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,4 +240,6 @@ TransferCommand: TypeAlias = (
     | Deliver
     | Fail
 )
-Command: TypeAlias = TransferCommand | Serve | Transmit | Greet | Part | CompareProbe | ProbeResult
+Command: TypeAlias = (
+    TransferCommand | Serve | Tell | Transmit | Greet | Part | CompareProbe | ProbeResult
+)

@@ -13,12 +13,13 @@ from collections.abc import Iterable
 
 from ..errors import Failure, ProtocolError, Reason
 from .commands import Command, Greet, Part, Transmit
-from .frames import PROTOCOL_VERSION, Frame, Goodbye, Hello, Packet, decode, encode
-from .session import Path, Session, Timing
+from .frames import PROTOCOL_VERSION, Frame, Goodbye, Hello, Packet, clipped, decode, encode
+from .session import Contact, Path, Session, Timing
 
 __all__ = ["Endpoint"]
 
 MAX_REFUSED_PATHS = 1024
+MAX_ENDED_LIVES = 4096
 MIN_DEADLINES = 1024
 
 
@@ -39,8 +40,10 @@ class Endpoint(ABC):
         """What was ignored, and why."""
         self._timing = timing
         self._max_peers = max_peers
-        self._contacts: dict[Path, Session] = {}
+        self._contacts: dict[Path, Contact] = {}
         """First contacts that wait for the peer's Hello."""
+        self._ended: dict[int, bool] = {}
+        """Lives that are over: a late packet must not begin them again. True: may still run."""
         self._refused: set[Path] = set()
         self._commands: list[Command] = []
         self._deadlines: list[tuple[float, int]] = []
@@ -51,7 +54,7 @@ class Endpoint(ABC):
     def contact(self, path: Path, now: float) -> None:
         """Say Hello to whoever is at `path`. Again is harmless."""
         if path not in self._contacts and self._session_at(path) is None:
-            self._contacts[path] = self._new_session(0, path, now)
+            self._contacts[path] = Contact(self.epoch, self._hello(0), now, self._timing)
 
     def packet_received(self, path: Path, encoded: bytes, now: float) -> None:
         """Take one packet from `path`.
@@ -67,30 +70,30 @@ class Endpoint(ABC):
             self._refuse(path, exc, now)
             raise
         if packet.target_epoch not in (0, self.epoch):
-            self.counters["of_another_life"] += 1
-            self._disown(path, packet, "this is another life of the process you mean")
+            self._of_another_life(path, packet)
+        elif packet.target_epoch == 0 and isinstance(packet.frame, Goodbye):
+            self._turned_away(path, packet.frame, now)
+        elif packet.source_epoch in self._ended:
+            self._of_an_ended_life(path, packet)
         elif isinstance(packet.frame, Hello):
             self._hello_received(path, packet, packet.frame, now)
         elif packet.target_epoch == self.epoch:
             self._frames_received(path, packet, now)
+        else:
+            self.counters["of_no_session"] += 1
 
     def path_lost(self, path: Path, cause: str, now: float) -> None:
         """Learn that nothing gets through `path` any more."""
         self._refused.discard(path)
-        contact = self._contacts.pop(path, None)
-        if contact is not None:
-            self._contact_failed(path, Failure(Reason.PEER_LOST, cause), now)
+        failure = Failure(Reason.PEER_LOST, cause)
+        if self._contacts.pop(path, None) is not None:
+            self._contact_failed(path, failure, now)
         for session in list(self.sessions.values()):
-            if path in session.paths:
-                session.paths.remove(path)
-                if not session.paths:
-                    self._lose(session, Failure(Reason.PEER_LOST, cause), now)
+            self._leave_path(session, path, failure, now)
 
     def peer_died(self, peer: int, now: float) -> None:
         """Learn that the process with epoch `peer` is dead for certain."""
-        session = self.sessions.get(peer)
-        if session is not None:
-            self._part(session, Failure(Reason.PEER_LOST, "the peer's process died"), now)
+        self._part(peer, Failure(Reason.PEER_LOST, "the peer's process died"), now)
 
     def use_path(self, peer: int, path: Path) -> None:
         """Use another way to `peer` as well, and tell it by a first packet."""
@@ -102,7 +105,7 @@ class Endpoint(ABC):
     def say_goodbye(self, failure: Failure) -> None:
         """Tell every peer that this life ends. Call it when no write runs any more."""
         for session in self.sessions.values():
-            session.say(Goodbye(failure.reason, failure.message))
+            session.say(Goodbye(failure.reason, clipped(failure.message)))
 
     def timer(self, now: float) -> None:
         """Look at everything whose time has come."""
@@ -116,21 +119,24 @@ class Endpoint(ABC):
     # What the driver takes out.
 
     def commands(self, now: float) -> list[Command]:
-        """Return what has to be done now, in order. Call it after every input."""
-        commands, self._commands = self._commands, []
-        for session in (*self.sessions.values(), *self._contacts.values()):
+        """Return what has to be done now, in order. After every input, ask until it is empty."""
+        commands = self._next_batch()
+        if self._commands:
+            return commands  # packets come last: what they speak of is done by then
+        for session in self.sessions.values():
             if session.paths:
                 path = session.paths[0]
                 commands += [Transmit(path, packet) for packet in session.packets(now)]
+        for path, contact in self._contacts.items():
+            commands += [Transmit(path, packet) for packet in contact.packets(now)]
         return commands
 
     def next_deadline(self) -> float | None:
         """Return when :meth:`timer` and :meth:`commands` have to be called again."""
-        deadlines = [
-            session.next_deadline()
-            for session in (*self.sessions.values(), *self._contacts.values())
-            if session.paths
+        deadlines: list[float | None] = [
+            session.next_deadline() for session in self.sessions.values() if session.paths
         ]
+        deadlines += [contact.next_deadline() for contact in self._contacts.values()]
         if self._deadlines:
             deadlines.append(self._deadlines[0][0])
         return min((at for at in deadlines if at is not None), default=None)
@@ -140,6 +146,14 @@ class Endpoint(ABC):
     @abstractmethod
     def _hello(self, peer: int) -> Hello:
         """Return this side's Hello to the peer with that epoch (0: not known yet)."""
+
+    @abstractmethod
+    def _is_knock(self, hello: Hello) -> bool:
+        """Whether this Hello only asks this side to make the first contact."""
+
+    @abstractmethod
+    def _is_needed(self, peer: int) -> bool:
+        """Whether transfers with that peer are not settled."""
 
     @abstractmethod
     def _greeted(self, session: Session, path: Path, now: float) -> None:
@@ -176,36 +190,44 @@ class Endpoint(ABC):
     def _do(self, commands: Iterable[Command]) -> None:
         self._commands.extend(commands)
 
-    # First contact.
+    def _next_batch(self) -> list[Command]:
+        batch, self._commands = self._commands, []
+        return batch
 
-    def _new_session(self, peer: int, path: Path, now: float) -> Session:
-        return Session(
-            self.epoch,
-            self._hello(peer),
-            peer_epoch=peer,
-            path=path,
-            now=now,
-            timing=self._timing,
-        )
+    # First contact.
 
     def _session_at(self, path: Path) -> Session | None:
         return next((each for each in self.sessions.values() if path in each.paths), None)
 
     def _hello_received(self, path: Path, packet: Packet, hello: Hello, now: float) -> None:
-        session = self.sessions.get(packet.source_epoch)
-        contact = self._contacts.pop(path, None) if packet.target_epoch else None
+        peer = packet.source_epoch
+        self._now_leads_to(path, peer, now)
+        session = self.sessions.get(peer)
+        if session is None and self._is_knock(hello):
+            self.contact(path, now)
+            return
+        is_contacted = self._contacts.pop(path, None) is not None
         if session is None:
-            if len(self.sessions) >= self._max_peers:
-                self._disown(path, packet, f"too many peers ({self._max_peers})", Reason.BUSY)
+            if len(self.sessions) >= self._max_peers and not self._make_room(now):
+                failure = Failure(Reason.BUSY, f"too many peers ({self._max_peers})")
+                self._turn_away(path, Goodbye(*failure))
+                if is_contacted:
+                    self._contact_failed(path, failure, now)
                 return
-            session = contact or self._new_session(packet.source_epoch, path, now)
-            session.establish(packet.source_epoch, hello)
-            self.sessions[packet.source_epoch] = session
-            self._do([Greet(packet.source_epoch, hello)])
+            session = self.sessions[peer] = Session(
+                self.epoch,
+                self._hello(peer),
+                peer_epoch=peer,
+                peer_hello=hello,
+                path=path,
+                now=now,
+                timing=self._timing,
+            )
+            self._do([Greet(peer, hello)])
         session.add_path(path)
-        session.is_lost = False
+        session.heard(now)
         if packet.target_epoch == 0:
-            session.say(session.hello)
+            self._do([Transmit(path, session.greeting())])
         self._greeted(session, path, now)
 
     def _frames_received(self, path: Path, packet: Packet, now: float) -> None:
@@ -213,54 +235,103 @@ class Endpoint(ABC):
         if session is None:
             self._unknown_peer(path, packet, now)
             return
-        if path not in session.paths:
-            session.add_path(path)
+        session.add_path(path)
         for frame in session.receive(packet, now):
             if isinstance(frame, Goodbye):
-                self._part(session, Failure(frame.reason, frame.message), now)
+                self._part(session.peer_epoch, Failure(frame.reason, frame.message), now)
                 return
             self._frame_received(session, frame, now)
 
     def _unknown_peer(self, path: Path, packet: Packet, now: float) -> None:
+        """A peer has a session of which this side does not know yet, or knew never."""
+        self.counters["of_no_session"] += 1
         if isinstance(packet.frame, Goodbye):
             failure = Failure(packet.frame.reason, packet.frame.message)
+            self._part(packet.source_epoch, failure, now)
             if self._contacts.pop(path, None) is not None:
                 self._contact_failed(path, failure, now)
-            lost = self._session_at(path)
-            if lost is not None:
-                self._lose(lost, failure, now)
-        elif path not in self._contacts:
-            self.counters["of_no_session"] += 1
-            self._disown(path, packet, "no session with this peer")
+        else:
+            self._now_leads_to(path, packet.source_epoch, now)
+            self.contact(path, now)
 
-    def _disown(
-        self, path: Path, packet: Packet, message: str, reason: Reason = Reason.PEER_LOST
-    ) -> None:
-        """Answer that there is no session: nothing of it is kept, so nothing of it can write."""
+    # Packets that belong to no session. What answers them is addressed to nobody: a Goodbye
+    # that addresses a life is the last word of the life it comes from, and proves that it is
+    # drained; this must never be said for another reason, for the channel may repeat it.
+
+    def _of_another_life(self, path: Path, packet: Packet) -> None:
+        self.counters["of_another_life"] += 1
         if not isinstance(packet.frame, Goodbye):
-            self._answer(path, packet.source_epoch, Goodbye(reason, message))
+            message = "this is another life of the process you mean"
+            self._turn_away(path, Goodbye(Reason.PEER_LOST, message, packet.target_epoch))
 
-    def _answer(self, path: Path, target_epoch: int, frame: Frame) -> None:
-        packet = Packet(PROTOCOL_VERSION, self.epoch, target_epoch, 0, 0, frame)
+    def _of_an_ended_life(self, path: Path, packet: Packet) -> None:
+        self.counters["of_an_ended_life"] += 1
+        goodbye = Goodbye(Reason.PEER_LOST, "this side has given you up; begin a new life")
+        if not self._ended[packet.source_epoch] or isinstance(packet.frame, Goodbye):
+            return
+        if isinstance(packet.frame, Hello):
+            self._turn_away(path, goodbye)
+        else:
+            last = Packet(PROTOCOL_VERSION, self.epoch, packet.source_epoch, 0, 0, goodbye)
+            self._do([Transmit(path, encode(last))])
+
+    def _turn_away(self, path: Path, goodbye: Goodbye) -> None:
+        packet = Packet(PROTOCOL_VERSION, self.epoch, 0, 0, 0, goodbye)
         self._do([Transmit(path, encode(packet))])
+
+    def _turned_away(self, path: Path, goodbye: Goodbye, now: float) -> None:
+        failure = Failure(goodbye.reason, goodbye.message)
+        if goodbye.absent:
+            session = self.sessions.get(goodbye.absent)
+            if session is not None:
+                self._leave_path(session, path, failure, now)
+        elif self._contacts.pop(path, None) is not None:
+            self._contact_failed(path, failure, now)
 
     def _refuse(self, path: Path, error: ProtocolError, now: float) -> None:
         if self._contacts.pop(path, None) is not None:
             self._contact_failed(path, Failure(Reason.PROTOCOL, error.message), now)
         elif path not in self._refused and len(self._refused) < MAX_REFUSED_PATHS:
             self._refused.add(path)  # once: two versions must not refuse each other for ever
-            self._answer(path, 0, Goodbye(Reason.PROTOCOL, error.message[:500]))
+            self._turn_away(path, Goodbye(Reason.PROTOCOL, clipped(error.message)))
 
     # Farewell.
 
+    def _now_leads_to(self, path: Path, peer: int, now: float) -> None:
+        """Whoever was at `path` before is not there any more."""
+        failure = Failure(Reason.PEER_LOST, "another life of the process has taken its place")
+        for session in list(self.sessions.values()):
+            if session.peer_epoch != peer:
+                self._leave_path(session, path, failure, now)
+
+    def _leave_path(self, session: Session, path: Path, failure: Failure, now: float) -> None:
+        if path in session.paths:
+            session.paths.remove(path)
+            if not session.paths:
+                self._lose(session, failure, now)
+
     def _lose(self, session: Session, failure: Failure, now: float) -> None:
         """The peer cannot be reached. It may still write, and it may come back."""
-        session.is_lost = True
-        self._peer_lost(session, failure, False, now)
-        self._do([Part(session.peer_epoch, failure, proven=False)])
+        if not session.is_lost:
+            session.is_lost = True
+            self._peer_lost(session, failure, False, now)
+            self._do([Part(session.peer_epoch, failure, proven=False)])
 
-    def _part(self, session: Session, failure: Failure, now: float) -> None:
+    def _part(self, peer: int, failure: Failure, now: float) -> None:
         """The peer is gone for good, and nothing of it can write any more."""
-        del self.sessions[session.peer_epoch]
-        self._peer_lost(session, failure, True, now)
-        self._do([Part(session.peer_epoch, failure, proven=True)])
+        self._ended[peer] = False
+        if len(self._ended) > MAX_ENDED_LIVES:
+            del self._ended[next(iter(self._ended))]
+        session = self.sessions.pop(peer, None)
+        if session is not None:
+            self._peer_lost(session, failure, True, now)
+            self._do([Part(peer, failure, proven=True)])
+
+    def _make_room(self, now: float) -> bool:
+        """Forget a peer that is lost and has nothing to settle; False if there is none."""
+        for peer, session in self.sessions.items():
+            if session.is_lost and not self._is_needed(peer):
+                self._part(peer, Failure(Reason.BUSY, "forgotten in favour of new peers"), now)
+                self._ended[peer] = True
+                return True
+        return False

@@ -48,6 +48,9 @@ __all__ = [
     "Refuse",
     "Resume",
     "Written",
+    "check_metadata",
+    "check_request",
+    "clipped",
     "decode",
     "encode",
     "specs_of",
@@ -57,10 +60,11 @@ PROTOCOL_VERSION: Final = 1
 MAX_METADATA_NBYTES = 32 * 1024
 MAX_GRANT_BLOCKS = 4096
 MAX_MESSAGE = 2048
+MAX_SECONDS = 1e9
 
 Epoch = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**48)]
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Message = Annotated[str, Meta(max_length=MAX_MESSAGE)]
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=MAX_REQUEST_ID)]
@@ -117,7 +121,10 @@ class Hello(_Struct, frozen=True):
         fields = {spec.name: Field(spec.dtype, *spec.shape) for spec in self.fields}
         if len(fields) != len(self.fields):
             raise IncompatibleSchema("a field name comes twice in the peer's schema")
-        return Schema(**fields)
+        try:
+            return Schema(**fields)
+        except TypeError as exc:
+            raise IncompatibleSchema(f"no field can have such a name: {exc}") from exc
 
 
 class Ack(_Struct, frozen=True):
@@ -133,10 +140,15 @@ class Pong(_Struct, frozen=True):
 
 
 class Goodbye(_Struct, frozen=True):
-    """Ends the link: this life will not write, grant or answer any more; its writes are drained."""
+    """Ends the link: this life will not write, grant or answer any more; its writes are drained.
+
+    Addressed to no life (epoch 0) it says less: whoever makes a first contact is turned away.
+    """
 
     reason: Reason
     message: Message
+    absent: Epoch = 0
+    """Addressed to no life: the life that is not here (any more), but another one."""
 
 
 class Probe(_Struct, frozen=True):
@@ -322,6 +334,34 @@ def decode(encoded: bytes) -> Packet:
             f"peer speaks protocol version {version}, this side {PROTOCOL_VERSION}"
         ) from malformed
     raise ProtocolError(f"malformed packet of {len(encoded)} bytes: {malformed}") from malformed
+
+
+def clipped(message: str) -> str:
+    """Return `message` as it may stand in a frame, whatever an exception has put into it."""
+    return message.encode(errors="replace").decode()[:MAX_MESSAGE]
+
+
+def check_request(request_id: str, timeout: float, metadata: bytes = b"") -> None:
+    """Refuse what no frame can carry, before it gets into one.
+
+    Raises:
+        ValueError: the request id, the timeout or the metadata is out of bounds.
+    """
+    if not 1 <= len(request_id) <= MAX_REQUEST_ID or clipped(request_id) != request_id:
+        raise ValueError(f"a request id is 1 to {MAX_REQUEST_ID} characters of valid Unicode")
+    if not 0 <= timeout <= MAX_SECONDS:
+        raise ValueError(f"a timeout is 0 to {MAX_SECONDS:g} seconds, not {timeout}")
+    check_metadata(metadata)
+
+
+def check_metadata(metadata: bytes) -> None:
+    """Refuse metadata that no frame can carry.
+
+    Raises:
+        ValueError: it is too long.
+    """
+    if len(metadata) > MAX_METADATA_NBYTES:
+        raise ValueError(f"{len(metadata)} bytes of metadata; {MAX_METADATA_NBYTES} can be sent")
 
 
 def specs_of(schema: Schema) -> tuple[FieldSpec, ...]:

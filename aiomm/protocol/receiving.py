@@ -19,11 +19,16 @@ from . import events, frames
 from .commands import (
     Command,
     CompareProbe,
+    Deliver,
     Fail,
+    Join,
+    MoveOut,
+    Quarantine,
     Release,
     Reserve,
     ReserveRest,
     SendFrame,
+    Unreserve,
 )
 from .endpoint import Endpoint
 from .frames import Frame, Hello, PlaneOffer
@@ -53,6 +58,20 @@ class _Request:
     """Epoch of the sender it is tied to."""
     is_open: bool = True
     """Somebody may still ask for the result."""
+
+
+_FEEDS_BACK = (
+    Reserve,
+    ReserveRest,
+    Unreserve,
+    Quarantine,
+    Release,
+    MoveOut,
+    Join,
+    Deliver,
+    Fail,
+)
+"""Commands whose execution may feed the endpoint at once: blocks, or what the user does next."""
 
 
 class ReceiveEndpoint(Endpoint):
@@ -97,8 +116,6 @@ class ReceiveEndpoint(Endpoint):
         self._by_request_id: dict[str, int] = {}
         self._by_transfer: dict[tuple[int, TransferId], int] = {}
         self._of_peer: defaultdict[int, set[int]] = defaultdict(set)
-        self._latest: dict[int, int] = {}
-        """The highest generation each peer has offered: every other one is a tombstone."""
 
     # What the user asks for.
 
@@ -107,6 +124,7 @@ class ReceiveEndpoint(Endpoint):
 
         Raises:
             Rejected: the request id is in use, or (retryable) there are too many requests.
+            ValueError: the request id or the timeout is out of bounds.
         """
         if request_id in self._by_request_id:
             raise Rejected(f"request {request_id!r} is expected already")
@@ -117,6 +135,7 @@ class ReceiveEndpoint(Endpoint):
 
         Raises:
             Rejected: there are too many requests (retryable).
+            ValueError: the request id or the timeout is out of bounds.
         """
         number = self._by_request_id.get(request_id)
         if number is not None:
@@ -137,12 +156,15 @@ class ReceiveEndpoint(Endpoint):
 
         Raises:
             Rejected: there are too many requests (retryable).
+            ValueError: the request id or the timeout is out of bounds.
         """
         request = self._add(request_id, timeout, now, named=False)
         request.path, request.life, request.redeem_key = path, life, key
         session = self.sessions.get(life) if path is None else self._session_at(path)
         if session is not None:
             self._ask(request, session, now)
+        elif path is not None:
+            self.contact(path, now)
         return request.transfer.number
 
     def fail(self, number: int, failure: Failure, now: float) -> None:
@@ -153,7 +175,7 @@ class ReceiveEndpoint(Endpoint):
         if request.redeem_key is not None and not request.transfer.is_claimed:
             session = self.sessions.get(request.peer)
             if session is not None:
-                session.send(frames.Refuse(number, failure.reason, failure.message[:2000]))
+                session.send(frames.Refuse(number, failure.reason, frames.clipped(failure.message)))
         self._feed(number, events.Failed(failure), now)
 
     def cancel(self, request_id: str, failure: Failure, now: float) -> None:
@@ -207,27 +229,51 @@ class ReceiveEndpoint(Endpoint):
         session = self.sessions.get(self._requests[number].peer)
         return session.hello.link if session is not None else 0
 
+    def number_of(self, request_id: str) -> int | None:
+        """Return the number of the open request with that id, if there is one."""
+        return self._by_request_id.get(request_id)
+
+    def is_wanted(self, number: int) -> bool:
+        """Whether somebody may still ask for the result."""
+        request = self._requests.get(number)
+        return request is not None and request.is_open
+
     def numbers(self) -> list[int]:
         """Return the numbers of all requests, oldest first."""
         return list(self._requests)
 
-    def commands(self, now: float) -> list[Command]:
-        """Return what has to be done now, in order, and nothing that has become pointless."""
-        return [command for command in super().commands(now) if not self._is_pointless(command)]
-
-    def _is_pointless(self, command: Command) -> bool:
-        """A reservation asked for by a transfer that has failed in the same breath."""
-        if not isinstance(command, Reserve | ReserveRest):
-            return False
-        request = self._requests.get(command.number)
-        return request is None or request.transfer.state.is_terminal
-
     # What the endpoint asks of its kind.
 
     def _hello(self, peer: int) -> Hello:
+        if peer == 0:
+            return self.hello  # a knock: the sender that it reaches makes the first contact
         self._links += 1
-        link = self._links
-        return _with(self.hello, link, self._plane_offers(link))
+        planes = self._plane_offers(self._links)
+        return msgspec.structs.replace(self.hello, link=self._links, planes=planes)
+
+    def _is_knock(self, hello: Hello) -> bool:
+        return False
+
+    def _is_needed(self, peer: int) -> bool:
+        return bool(self._of_peer.get(peer))
+
+    def _next_batch(self) -> list[Command]:
+        """Return commands up to one whose execution may feed this endpoint in the middle.
+
+        A reservation that was answered, replaced or given up meanwhile is left out.
+        """
+        batch: list[Command] = []
+        for index, command in enumerate(self._commands):
+            if isinstance(command, Reserve | ReserveRest):
+                request = self._requests.get(command.number)
+                if request is None or request.transfer.reservation is not command:
+                    continue
+            batch.append(command)
+            if isinstance(command, _FEEDS_BACK):
+                del self._commands[: index + 1]
+                return batch
+        self._commands.clear()
+        return batch
 
     def _greeted(self, session: Session, path: Path, now: float) -> None:
         for request in list(self._requests.values()):
@@ -241,13 +287,10 @@ class ReceiveEndpoint(Endpoint):
                 self._feed(number, events.Failed(failure), now)
 
     def _peer_lost(self, session: Session, failure: Failure, proven: bool, now: float) -> None:
-        for number in list(self._of_peer[session.peer_epoch]):
+        for number in list(self._of_peer.get(session.peer_epoch, ())):
             self._feed(number, events.Failed(failure), now)
             if proven:
                 self._feed(number, events.Drained(), now)
-        if proven:
-            self._of_peer.pop(session.peer_epoch, None)
-            self._latest.pop(session.peer_epoch, None)
 
     def _is_open(self, number: int) -> bool:
         return number in self._requests
@@ -271,14 +314,12 @@ class ReceiveEndpoint(Endpoint):
             case frames.Offer():
                 self._offered(session, frame, now)
             case frames.Announce(transfer, total, metadata):
-                if self._is_too_long(total):
-                    self._frame_event(session, transfer, events.Failed(self._too_long(total)), now)
-                else:
-                    event = events.Announced(total, metadata)
-                    self._frame_event(session, transfer, event, now)
+                announced = events.Announced(total, metadata)
+                self._unless_too_long(session, transfer, total, announced, now)
             case frames.Written(transfer, sequence, start, count, total):
                 written = events.Written(sequence, start, count, total)
-                self._frame_event(session, transfer, written, now)
+                length = max(start + count, total or 0)
+                self._unless_too_long(session, transfer, length, written, now)
             case frames.Abort(transfer, _, _, drained):
                 aborted = events.Aborted(frame.failure, drained)
                 self._frame_event(session, transfer, aborted, now)
@@ -306,6 +347,7 @@ class ReceiveEndpoint(Endpoint):
         reserve: bool = False,
         named: bool = True,
     ) -> _Request:
+        frames.check_request(request_id, timeout)
         if len(self._requests) >= self._max_requests:
             raise Rejected(f"{self._max_requests} requests are open", retryable=True)
         self._number += 1
@@ -334,13 +376,15 @@ class ReceiveEndpoint(Endpoint):
 
     def _untie(self, request: _Request) -> None:
         number = request.transfer.number
-        siblings = self._of_peer[request.peer]
-        siblings.discard(number)
         if request.transfer.id is not None:
             self._by_transfer.pop((request.peer, request.transfer.id), None)
-        session = self.sessions.get(request.peer)
-        if session is not None and not siblings:
-            session.is_busy = False
+        siblings = self._of_peer[request.peer]
+        siblings.discard(number)
+        if not siblings:
+            del self._of_peer[request.peer]
+            session = self.sessions.get(request.peer)
+            if session is not None:
+                session.is_busy = False
 
     def _tie(self, request: _Request, session: Session, now: float) -> None:
         request.peer = session.peer_epoch
@@ -349,13 +393,15 @@ class ReceiveEndpoint(Endpoint):
 
     def _ask(self, request: _Request, session: Session, now: float) -> None:
         number = request.transfer.number
-        hello = session.peer_hello
-        assert hello is not None
-        if request.life and request.life != session.peer_epoch:
+        name = session.peer_hello.name
+        if not session.paths:
+            message = f"sender {name!r} cannot be reached any more"
+            self._feed(number, events.Failed(Failure(Reason.PEER_LOST, message)), now)
+        elif request.life and request.life != session.peer_epoch:
             message = "the ticket is void: its sender has been restarted since"
             self._feed(number, events.Failed(Failure(Reason.REJECTED, message)), now)
-        elif hello.role != "sender":
-            message = f"the peer {hello.name!r} is no sender"
+        elif session.peer_hello.role != "sender":
+            message = f"the peer {name!r} is no sender"
             self._feed(number, events.Failed(Failure(Reason.REJECTED, message)), now)
         else:
             self._tie(request, session, now)
@@ -367,39 +413,52 @@ class ReceiveEndpoint(Endpoint):
 
     def _offered(self, session: Session, offer: frames.Offer, now: float) -> None:
         peer, transfer = session.peer_epoch, offer.transfer
-        if transfer.generation <= self._latest.get(peer, 0):
+        if (peer, transfer) in self._by_transfer:
             self.counters["of_no_transfer"] += 1
             return
-        self._latest[peer] = transfer.generation
+        failure = self._objection(session, offer)
+        request = None
         try:
-            request = self._match(session, offer, now)
+            request = self._match(session, offer)
+            if request is None and failure is None:
+                request = self._add(transfer.request_id, self._default_timeout, now)
         except Rejected as exc:
-            reason = Reason.BUSY if exc.retryable else Reason.REJECTED
-            session.send(frames.Abort(transfer, reason, exc.message, False))
-            return
-        except IncompatibleSchema as exc:
-            session.send(frames.Abort(transfer, Reason.SCHEMA, exc.message, False))
-            return
-        self._tie(request, session, now)
-        self._by_transfer[peer, transfer] = request.transfer.number
-        claimed = events.Claimed(transfer, offer.total, offer.metadata)
-        self._feed(request.transfer.number, claimed, now)
+            failure = Failure(Reason.BUSY if exc.retryable else Reason.REJECTED, exc.message)
+        if failure is not None:
+            message = frames.clipped(failure.message)
+            session.send(frames.Abort(transfer, failure.reason, message, False))
+            if request is not None and (offer.key or offer.redemption):
+                # Nobody else will bring it: fail it now, not at its deadline.
+                self._feed(request.transfer.number, events.Failed(failure), now)
+        elif request is not None:
+            self._tie(request, session, now)
+            self._by_transfer[peer, transfer] = request.transfer.number
+            claimed = events.Claimed(transfer, offer.total, offer.metadata)
+            self._feed(request.transfer.number, claimed, now)
 
-    def _match(self, session: Session, offer: frames.Offer, now: float) -> _Request:
-        """Return the request that this claim is for.
+    def _objection(self, session: Session, offer: frames.Offer) -> Failure | None:
+        """Say why this transfer cannot be received, whatever request it is for."""
+        hello = session.peer_hello
+        try:
+            difference = self._schema.difference(hello.schema)
+        except IncompatibleSchema as exc:
+            difference = exc.message
+        if difference:
+            message = f"sender {hello.name!r} has another schema: {difference}"
+            return Failure(Reason.SCHEMA, message)
+        return self._too_long(offer.total or 0)
+
+    def _match(self, session: Session, offer: frames.Offer) -> _Request | None:
+        """Return the request that this claim is for; None if it comes unasked.
 
         Raises:
             Rejected: there is none, or it must not have it.
-            IncompatibleSchema: the sender's schema is another one.
         """
-        self._check_schema(session)
-        if offer.total is not None and self._is_too_long(offer.total):
-            raise Rejected(self._too_long(offer.total).message)
         request_id = offer.transfer.request_id
         number = offer.redemption or self._by_request_id.get(request_id)
-        request = self._requests.get(number) if number is not None else None
-        if request is None and not offer.key and not offer.redemption:
-            return self._add(request_id, self._default_timeout, now)
+        if number is None and not offer.key:
+            return None
+        request = self._requests.get(number or 0)
         if request is None or request.transfer.state.is_terminal:
             raise Rejected(f"request {request_id!r} is unknown: finished, given up, or never made")
         if request.transfer.is_claimed:
@@ -407,23 +466,28 @@ class ReceiveEndpoint(Endpoint):
         if not hmac.compare_digest(request.key, offer.key):
             wrong = "is not the current one" if offer.key else "is missing"
             raise Rejected(f"the ticket for request {request_id!r} {wrong}")
-        if offer.redemption and request.peer != session.peer_epoch:
+        asked_of = request.peer, request.request_id
+        if offer.redemption and asked_of != (session.peer_epoch, request_id):
             raise Rejected(f"request {request_id!r} was asked of another sender")
         return request
 
-    def _check_schema(self, session: Session) -> None:
-        hello = session.peer_hello
-        assert hello is not None
-        difference = self._schema.difference(hello.schema)
-        if difference:
-            raise IncompatibleSchema(f"sender {hello.name!r} has another schema: {difference}")
+    def _too_long(self, total: int) -> Failure | None:
+        if total <= self._max_tokens:
+            return None
+        message = f"{total} tokens, but this receiver takes at most {self._max_tokens}"
+        return Failure(Reason.REJECTED, message)
 
-    def _is_too_long(self, total: int) -> bool:
-        return total > self._max_tokens
-
-    def _too_long(self, total: int) -> Failure:
-        return Failure(
-            Reason.REJECTED, f"{total} tokens, but this receiver takes at most {self._max_tokens}"
+    def _unless_too_long(
+        self,
+        session: Session,
+        transfer: TransferId,
+        length: int,
+        event: events.ReceiveEvent,
+        now: float,
+    ) -> None:
+        failure = self._too_long(length)
+        self._frame_event(
+            session, transfer, event if failure is None else events.Failed(failure), now
         )
 
     def _frame_event(
@@ -455,7 +519,3 @@ class ReceiveEndpoint(Endpoint):
             elif session is not None:
                 session.send(command.frame)
         self._forget_if_over(request)
-
-
-def _with(hello: Hello, link: int, planes: tuple[PlaneOffer, ...]) -> Hello:
-    return msgspec.structs.replace(hello, link=link, planes=planes)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hmac
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..errors import Failure, IncompatibleSchema, Reason, Rejected
 from ..types import Schema, TransferId
 from . import events, frames
-from .commands import Command, ProbeResult, SendFrame, Serve
+from .commands import Command, ProbeResult, SendFrame, Serve, Tell
 from .endpoint import Endpoint
 from .frames import Frame, Hello, Redeem
 from .session import Path, Session, Timing
@@ -119,7 +119,9 @@ class SendEndpoint(Endpoint):
 
         Raises:
             Rejected: too many transfers wait for a receiver (retryable).
+            ValueError: the request id, the timeout or the metadata is out of bounds.
         """
+        frames.check_request(request_id, timeout, b"" if ready is None else ready.metadata)
         if len(self._waiting) >= self._max_waiting:
             raise Rejected(f"{self._max_waiting} transfers wait for a receiver", retryable=True)
         opened = self._new(request_id, timeout, now)
@@ -133,10 +135,17 @@ class SendEndpoint(Endpoint):
             session = self.sessions.get(life) if path is None else self._session_at(path)
             if session is not None:
                 self._offer_to(opened, session, 0, now)
+            elif path is not None:
+                self.contact(path, now)
         return opened.transfer
 
     def tokens_ready(self, generation: int, ready: events.TokensReady, now: float) -> None:
-        """More of the transfer is known, or can be read."""
+        """More of the transfer is known, or can be read.
+
+        Raises:
+            ValueError: the metadata is too long.
+        """
+        frames.check_metadata(ready.metadata)
         self._feed(generation, ready, now)
 
     def fail(self, generation: int, failure: Failure, now: float) -> None:
@@ -150,7 +159,9 @@ class SendEndpoint(Endpoint):
 
         Raises:
             Rejected: the request id is offered already.
+            ValueError: the request id, the timeout or the metadata is out of bounds.
         """
+        frames.check_request(request_id, timeout, metadata)
         if request_id in self._offers:
             raise Rejected(f"request {request_id!r} is offered already")
         self._offers[request_id] = _Offered(key, total, metadata, timeout)
@@ -197,14 +208,18 @@ class SendEndpoint(Endpoint):
     def _hello(self, peer: int) -> Hello:
         return self.hello
 
+    def _is_knock(self, hello: Hello) -> bool:
+        return hello.role == "receiver" and not hello.link
+
+    def _is_needed(self, peer: int) -> bool:
+        return bool(self._of_peer.get(peer))
+
     def _greeted(self, session: Session, path: Path, now: float) -> None:
-        hello = session.peer_hello
-        takes_any = hello is not None and hello.takes_any
         for opened in list(self._waiting.values()):
             if (
                 opened.path == path
                 or (opened.path is None and opened.life == session.peer_epoch)
-                or (opened.is_unaddressed and takes_any)
+                or (opened.is_unaddressed and session.peer_hello.takes_any)
             ):
                 self._offer_to(opened, session, 0, now)
 
@@ -214,12 +229,9 @@ class SendEndpoint(Endpoint):
                 self._feed(opened.transfer.id.generation, events.Failed(failure), now)
 
     def _peer_lost(self, session: Session, failure: Failure, proven: bool, now: float) -> None:
-        for generation in list(self._of_peer[session.peer_epoch]):
+        for generation in list(self._of_peer.get(session.peer_epoch, ())):
             self._feed(generation, events.Failed(failure), now)
-        for request_id, wanted in list(self._wanted.items()):
-            self._wanted[request_id] = [w for w in wanted if w.peer != session.peer_epoch]
-        if proven:
-            self._of_peer.pop(session.peer_epoch, None)
+        self._keep_wanted(lambda wanted: wanted.peer != session.peer_epoch)
 
     def _is_open(self, number: int) -> bool:
         return number in self._opened
@@ -249,7 +261,8 @@ class SendEndpoint(Endpoint):
             case Redeem():
                 self._redeemed(session, frame, now)
             case frames.Refuse(redemption):
-                self._unwant(session.peer_epoch, redemption)
+                unwanted = (session.peer_epoch, redemption)
+                self._keep_wanted(lambda each: (each.peer, each.redemption) != unwanted)
             case _:
                 self.counters["unexpected"] += 1
 
@@ -265,56 +278,58 @@ class SendEndpoint(Endpoint):
 
     def _find_receiver(self, opened: _Opened, now: float) -> None:
         """Serve the receiver that has waited longest for this id, else one that takes anything."""
-        wanted = self._wanted.get(opened.transfer.id.request_id, [])
+        wanted = self._wanted.pop(opened.transfer.id.request_id, [])
         while wanted:
             first = wanted.pop(0)
+            if wanted:
+                self._wanted[opened.transfer.id.request_id] = wanted
             if first.deadline > now and first.peer in self.sessions:
                 self._offer_to(opened, self.sessions[first.peer], first.redemption, now)
                 return
         takers = [
             session
             for session in self.sessions.values()
-            if session.peer_hello is not None and session.peer_hello.takes_any
-            if session.paths and not session.is_lost
+            if session.peer_hello.takes_any and session.paths and not session.is_lost
         ]
         if takers:
-            idlest = min(takers, key=lambda session: len(self._of_peer[session.peer_epoch]))
+            idlest = min(takers, key=lambda session: len(self._of_peer.get(session.peer_epoch, ())))
             self._offer_to(opened, idlest, 0, now)
 
     def _offer_to(self, opened: _Opened, session: Session, redemption: int, now: float) -> None:
         generation = opened.transfer.id.generation
         self._waiting.pop(generation, None)
-        objection = self._objection(opened, session)
-        if objection is not None:
-            self._feed(generation, events.Failed(objection), now)
+        obstacle = self._obstacle(opened, session)
+        if obstacle is not None:
+            self._feed(generation, events.Failed(obstacle), now)
             return
         opened.peer = session.peer_epoch
         self._of_peer[opened.peer].add(generation)
         session.begin_waiting(now)
         left = max(0.0, opened.deadline - now)
         self._apply(opened, opened.transfer.offer(opened.key, redemption, left))
+        difference = self._difference(session)
+        if difference:  # only now, so that the receiver, too, learns at once that it failed
+            message = f"receiver {session.peer_hello.name!r} has another schema: {difference}"
+            self._feed(generation, events.Failed(Failure(Reason.SCHEMA, message)), now)
 
-    def _objection(self, opened: _Opened, session: Session) -> Failure | None:
-        """Say why this transfer must not go to that peer."""
-        hello = session.peer_hello
-        assert hello is not None
+    def _obstacle(self, opened: _Opened, session: Session) -> Failure | None:
+        """Say why this transfer cannot go to that peer."""
+        name = session.peer_hello.name
         if not session.paths:
-            return Failure(Reason.PEER_LOST, f"receiver {hello.name!r} cannot be reached any more")
+            return Failure(Reason.PEER_LOST, f"receiver {name!r} cannot be reached any more")
         if opened.life and opened.life != session.peer_epoch:
             return Failure(
                 Reason.REJECTED, "the ticket is void: its receiver has been restarted since"
             )
-        if hello.role != "receiver":
-            return Failure(Reason.REJECTED, f"the peer {hello.name!r} is no receiver")
-        try:
-            difference = hello.schema.difference(self._schema)
-        except IncompatibleSchema as exc:
-            difference = exc.message
-        if difference:
-            return Failure(
-                Reason.SCHEMA, f"receiver {hello.name!r} has another schema: {difference}"
-            )
+        if session.peer_hello.role != "receiver":
+            return Failure(Reason.REJECTED, f"the peer {name!r} is no receiver")
         return None
+
+    def _difference(self, session: Session) -> str:
+        try:
+            return session.peer_hello.schema.difference(self._schema)
+        except IncompatibleSchema as exc:
+            return exc.message
 
     def _frame_event(
         self,
@@ -335,12 +350,15 @@ class SendEndpoint(Endpoint):
         opened = self._opened.get(generation)
         if opened is None:
             return
+        before = len(opened.transfer.history)
         try:
             commands = opened.transfer.handle(event, now)
         except ProtocolViolation as exc:
             self.counters["violations"] += 1
             failure = Failure(Reason.PROTOCOL, f"the receiver broke the protocol: {exc}")
             commands = opened.transfer.handle(events.Failed(failure), now)
+        if len(opened.transfer.history) > before:
+            self._do([Tell(opened.transfer.id)])
         self._apply(opened, commands)
 
     def _apply(self, opened: _Opened, commands: Iterable[Command]) -> None:
@@ -359,8 +377,10 @@ class SendEndpoint(Endpoint):
         self._waiting.pop(generation, None)
         siblings = self._of_peer[opened.peer]
         siblings.discard(generation)
-        if session is not None and not siblings:
-            session.is_busy = False
+        if not siblings:
+            del self._of_peer[opened.peer]
+            if session is not None:
+                session.is_busy = False
 
     # Offers and what receivers ask for.
 
@@ -382,7 +402,7 @@ class SendEndpoint(Endpoint):
         offered = self._offers.get(frame.request_id)
         if offered is None or not hmac.compare_digest(offered.key, frame.key):
             message = f"request {frame.request_id!r} is not on offer: withdrawn, expired or unknown"
-            session.send(frames.Refuse(frame.redemption, Reason.REJECTED, message))
+            session.send(frames.Refuse(frame.redemption, Reason.REJECTED, frames.clipped(message)))
             return
         opened = self._new(frame.request_id, min(frame.timeout, offered.timeout), now)
         self._do([Serve(opened.transfer.id)])
@@ -390,9 +410,9 @@ class SendEndpoint(Endpoint):
         self._apply(opened, opened.transfer.handle(ready, now))
         self._offer_to(opened, session, frame.redemption, now)
 
-    def _unwant(self, peer: int, redemption: int) -> None:
+    def _keep_wanted(self, is_kept: Callable[[_Wanted], bool]) -> None:
         for request_id, wanted in list(self._wanted.items()):
-            kept = [w for w in wanted if (w.peer, w.redemption) != (peer, redemption)]
+            kept = [each for each in wanted if is_kept(each)]
             if kept:
                 self._wanted[request_id] = kept
             else:

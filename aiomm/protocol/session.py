@@ -6,7 +6,8 @@ again until they are acknowledged, and hands each one up once, in order. Acknowl
 on every packet; alone they travel only when nothing else does for a while.
 
 Both epochs stand in every packet. A packet that addresses another life of this process, or
-comes from another life of the peer, never reaches a session.
+comes from another life of the peer, never reaches a session. Between two lives there is only
+ever one session, so its numbers never begin again and a late packet is always recognised.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .frames import PROTOCOL_VERSION, Ack, Frame, Hello, Packet, Ping, Pong, encode
+from .frames import PROTOCOL_VERSION, Ack, Frame, Goodbye, Hello, Packet, Ping, Pong, encode
 
-__all__ = ["Path", "Session", "Timing"]
+__all__ = ["Contact", "Path", "Session", "Timing"]
 
 MAX_EARLY_FRAMES = 256
 
@@ -47,6 +48,28 @@ class Path(NamedTuple):
     peer: Hashable
 
 
+class Contact:
+    """A first contact: a Hello that is said again until a session stands."""
+
+    def __init__(self, local_epoch: int, hello: Hello, now: float, timing: Timing) -> None:
+        self._packet = encode(Packet(PROTOCOL_VERSION, local_epoch, 0, 0, 0, hello))
+        self._timing = timing
+        self._resend_after = timing.resend_first
+        self._resend_at = now
+
+    def packets(self, now: float) -> list[bytes]:
+        """Return what has to be handed to the channel now."""
+        if now < self._resend_at:
+            return []
+        self._resend_at = now + self._resend_after
+        self._resend_after = min(2 * self._resend_after, self._timing.resend_last)
+        return [self._packet]
+
+    def next_deadline(self) -> float:
+        """Return when :meth:`packets` has to be asked again."""
+        return self._resend_at
+
+
 class Session:
     """Reliable, ordered frames to and from one peer.
 
@@ -55,7 +78,8 @@ class Session:
     Args:
         local_epoch: this endpoint's life.
         hello: this endpoint's Hello to that peer.
-        peer_epoch: the peer's life; 0 while this side speaks first and does not know it.
+        peer_epoch: the peer's life.
+        peer_hello: the peer's Hello.
         path: the first way to reach the peer.
     """
 
@@ -65,6 +89,7 @@ class Session:
         hello: Hello,
         *,
         peer_epoch: int,
+        peer_hello: Hello,
         path: Path,
         now: float,
         timing: Timing,
@@ -72,7 +97,7 @@ class Session:
         self.local_epoch = local_epoch
         self.peer_epoch = peer_epoch
         self.hello = hello
-        self.peer_hello: Hello | None = None
+        self.peer_hello = peer_hello
         self.paths = [path]
         """Ways to reach the peer, the preferred one first; empty while it cannot be reached."""
         self.is_lost = False
@@ -94,18 +119,6 @@ class Session:
         self._resend_at: float | None = None
         self._acknowledge_at: float | None = None
         self._ping_at: float | None = None
-        if peer_epoch == 0:
-            self._greet(now)
-
-    @property
-    def is_established(self) -> bool:
-        """The peer's Hello has arrived."""
-        return self.peer_hello is not None
-
-    def establish(self, peer_epoch: int, hello: Hello) -> None:
-        """Take the peer's Hello: from now on queued frames go out."""
-        self.peer_epoch, self.peer_hello = peer_epoch, hello
-        self._resend_at, self._resend_after = None, self._timing.resend_first
 
     def add_path(self, path: Path) -> None:
         """Add a way to reach the peer, and use it if it is the best."""
@@ -123,14 +136,22 @@ class Session:
         self._unsent += 1
 
     def say(self, frame: Frame) -> None:
-        """Queue a frame that may be lost: Hello, Ping, Pong, Ack, and a last Goodbye."""
+        """Queue a frame that may be lost: Ping, Pong, Ack, and a last Goodbye."""
         self._outbox.append(frame)
+
+    def greeting(self) -> bytes:
+        """Return this side's Hello to the peer, which answers the peer's."""
+        return encode(self._packet(0, self.hello))
+
+    def heard(self, now: float) -> None:
+        """Note a sign of life."""
+        self._last_heard = now
+        self._ping_at = None
+        self.is_lost = False
 
     def receive(self, packet: Packet, now: float) -> list[Frame]:
         """Take a packet of this peer's; return the frames that are new and in order."""
-        self._last_heard = now
-        self.is_lost = False
-        self._ping_at = None
+        self.heard(now)
         self._settle(packet.acknowledged, now)
         frame = packet.frame
         if packet.sequence == 0:
@@ -148,15 +169,9 @@ class Session:
 
     def packets(self, now: float) -> list[bytes]:
         """Return what has to be handed to the channel now."""
-        chosen = [self._packet(0, frame) for frame in self._outbox]
+        chosen = self._sequenced(now)  # before the rest: a Goodbye comes last
+        chosen += [self._packet(0, frame) for frame in self._outbox]
         self._outbox.clear()
-        if not self.is_established:
-            if self._resend_at is not None and self._resend_at <= now and self.peer_epoch == 0:
-                self._greet(now)
-                chosen += [self._packet(0, frame) for frame in self._outbox]
-                self._outbox.clear()
-        else:
-            chosen += self._sequenced(now)
         if self._acknowledge_at is not None and (chosen or self._acknowledge_at <= now):
             self._acknowledge_at = None
             chosen = chosen or [self._packet(0, Ack())]
@@ -169,7 +184,7 @@ class Session:
         """Return when :meth:`packets` or :meth:`is_silent` has to be asked again."""
         deadlines = [self._resend_at, self._acknowledge_at]
         if self._waits_for_peer() and not self.is_lost:
-            deadlines.append((self._ping_at or self._last_heard) + self._timing.ping)
+            deadlines.append(self._next_ping())
             deadlines.append(self._last_heard + self._timing.peer_timeout)
         return min((at for at in deadlines if at is not None), default=None)
 
@@ -183,23 +198,19 @@ class Session:
 
     def begin_waiting(self, now: float) -> None:
         """Start the clock of silence: from now on somebody waits for this peer."""
-        if not self._waits_for_peer():
-            self._last_heard = now
+        if self.is_lost or not self._waits_for_peer():
+            self.heard(now)  # a peer that was lost is given the same time again
         self.is_busy = True
 
     def _waits_for_peer(self) -> bool:
-        return self.is_established and (self.is_busy or bool(self._unacknowledged))
+        return self.is_busy or bool(self._unacknowledged)
+
+    def _next_ping(self) -> float:
+        since = self._last_heard if self._ping_at is None else self._ping_at
+        return since + self._timing.ping
 
     def _ping_is_due(self, now: float) -> bool:
-        return (
-            self._waits_for_peer()
-            and not self.is_lost
-            and now >= (self._ping_at or self._last_heard) + self._timing.ping
-        )
-
-    def _greet(self, now: float) -> None:
-        self._outbox.append(self.hello)
-        self._back_off(now)
+        return self._waits_for_peer() and not self.is_lost and now >= self._next_ping()
 
     def _unsequenced(self, frame: Frame) -> list[Frame]:
         match frame:
@@ -208,8 +219,11 @@ class Session:
             case Ping():
                 self.say(Pong())
                 return []
-            case _:
+            case Goodbye():
                 return [frame]
+            case _:
+                self.ignored += 1  # it could have been repeated
+                return []
 
     def _in_order(self) -> list[Frame]:
         ready = []
@@ -233,20 +247,19 @@ class Session:
         """The frames that were never sent; all of them again if the peer has not answered."""
         if self._resend_at is not None and self._resend_at <= now:
             fresh = list(self._unacknowledged)
-            self._back_off(now)
+            self._resend_at = now + self._resend_after
+            self._resend_after = min(2 * self._resend_after, self._timing.resend_last)
         else:
             first = len(self._unacknowledged) - self._unsent
             fresh = [self._unacknowledged[index] for index in range(first, first + self._unsent)]
         self._unsent = 0
         if fresh and self._resend_at is None:
             self._resend_at = now + self._resend_after
+            if not self.is_busy:
+                self._last_heard = now  # silence counts from when somebody waits
         elif not self._unacknowledged:
             self._resend_at = None
         return [self._packet(sequence, frame) for sequence, frame in fresh]
-
-    def _back_off(self, now: float) -> None:
-        self._resend_at = now + self._resend_after
-        self._resend_after = min(2 * self._resend_after, self._timing.resend_last)
 
     def _packet(self, sequence: int, frame: Frame) -> Packet:
         return Packet(

@@ -85,6 +85,15 @@ def _first(extents: tuple[Extent, ...], skip: int, count: int) -> tuple[Extent, 
     return tuple(chosen)
 
 
+def _check_extents(extents: tuple[Extent, ...]) -> None:
+    """Refuse extents that are empty, overlap or do not ascend: writes must follow them blindly."""
+    end = 0
+    for start, stop in extents:
+        if not end <= start < stop:
+            raise ProtocolViolation(f"extents are not ascending runs: {extents[:8]}")
+        end = stop
+
+
 class Transfer:
     """What both sides have: an id, a state with its history, a length."""
 
@@ -106,7 +115,7 @@ class Transfer:
     @property
     def resumes(self) -> int:
         """How often the transfer was resumed."""
-        return sum(state is State.AWAITING_RESUME for state, _ in self.history)
+        return max(0, sum(state is State.SENDING for state, _ in self.history) - 1)
 
     def story(self) -> tuple[str, ...]:
         """Tell the states passed so far with the seconds since the beginning."""
@@ -121,10 +130,10 @@ class Transfer:
         self.history.append((self.state, now))
 
     def _count(self, sequence: int, count: int) -> None:
-        while len(self.chunks) <= sequence:
-            self.chunks.append(0)
-        self.chunks[sequence] += count
-        self.transferred_tokens += count
+        if count:
+            self.chunks += [0] * (sequence + 1 - len(self.chunks))
+            self.chunks[sequence] += count
+            self.transferred_tokens += count
 
 
 class SendTransfer(Transfer):
@@ -206,6 +215,9 @@ class SendTransfer(Transfer):
             )
         if (self.state is State.ALLOC) != isinstance(event, Granted):
             raise ProtocolViolation(f"{type(event).__name__} is not possible in {self.state}")
+        _check_extents(event.extents)
+        if not event.extents and self.total != 0:
+            raise ProtocolViolation(f"grant {event.sequence} is of no tokens at all")
         self._next_sequence += 1
         self.granted_tokens += sum(extent.num_tokens for extent in event.extents)
         self._grants.append(event)
@@ -271,7 +283,7 @@ class SendTransfer(Transfer):
         commands: Commands = []
         if not self.state.is_terminal:
             self._end(failure, now)
-            commands.append(Fail(self.id.generation, failure))
+            commands.append(Fail(self.id.generation, failure, self.story()))
         self._owes_ack = True
         return commands + self._acknowledge_abort()
 
@@ -287,8 +299,8 @@ class SendTransfer(Transfer):
         self._end(failure, now)
         drained = not self._writing
         self._owes_ack = not drained
-        abort = frames.Abort(self.id, failure.reason, failure.message[:2000], drained)
-        return [SendFrame(abort), Fail(self.id.generation, failure)]
+        abort = frames.Abort(self.id, failure.reason, frames.clipped(failure.message), drained)
+        return [SendFrame(abort), Fail(self.id.generation, failure, self.story())]
 
     def _end(self, failure: Failure, now: float) -> None:
         self._move(Failed, now)
@@ -310,6 +322,8 @@ class ReceiveTransfer(Transfer):
         self.metadata = b""
         self.grants: list[tuple[tuple[int, ...], tuple[Extent, ...]]] = []
         """Block indices and extents of every grant."""
+        self.reservation: Reserve | ReserveRest | None = None
+        """The last one asked for, until it is answered or given up; earlier ones are void."""
         self._default_tokens = default_tokens
         self._borders: list[int] = []
         """Token at which each grant ends."""
@@ -331,7 +345,7 @@ class ReceiveTransfer(Transfer):
 
     def expect(self) -> Commands:
         """Reserve the default allocation before any sender has asked."""
-        return [Reserve(self.number, self._default_tokens, claimed=False)]
+        return self._reserve(self._default_tokens, claimed=False)
 
     def handle(self, event: ReceiveEvent, now: float) -> Commands:
         """Take one event; return what to do, in order."""
@@ -354,29 +368,41 @@ class ReceiveTransfer(Transfer):
                 return self._fail(failure, now, self._may_be_written())
             case Aborted(failure, drained):
                 may_be_written = self._may_be_written() and not drained
-                return self._fail(failure, now, may_be_written, is_told=True)
+                commands = self._fail(failure, now, may_be_written, is_told=True)
+                return commands or (self._drained() if drained else [])
             case Drained():
-                self._is_quarantined = False
-                return self._release() if self.state.is_terminal else []
+                return self._drained()
             case _:
                 assert_never(event)
 
     def _claimed(self, event: Claimed) -> Commands:
         self.id, self.total, self.metadata = event.transfer, event.total, event.metadata
         want = self._default_tokens if event.total is None else event.total
-        return [Reserve(self.number, want, claimed=True)]
+        return self._reserve(want, claimed=True)
+
+    def _reserve(self, num_tokens: int, *, claimed: bool) -> Commands:
+        self.reservation = Reserve(self.number, num_tokens, claimed)
+        return [self.reservation]
+
+    def _reserve_rest(self) -> Commands:
+        behind = self._allocations[-1] if self._allocations else None
+        self.reservation = ReserveRest(self.number, self._rest(), behind)
+        return [self.reservation]
+
+    def _unreserve(self) -> Commands:
+        reservation, self.reservation = self.reservation, None
+        return [Unreserve(self.number)] if isinstance(reservation, Reserve) else []
 
     def _announced(self, total: int, metadata: bytes) -> Commands:
         if self.state.is_terminal:
             return []
         self._learn_total(total)
         self.metadata = metadata
-        rest = total - self.granted_tokens
-        if self.state is State.SENDING:
-            return [self._reserve_rest(rest)] if rest > 0 else []
-        if self._is_copying or rest <= 0:
+        if self._is_copying or self._rest() <= 0:
             return []
-        return [Reserve(self.number, rest, claimed=True)]
+        if self.state is State.SENDING or isinstance(self.reservation, ReserveRest):
+            return self._reserve_rest()
+        return self._reserve(self._rest(), claimed=True)
 
     def _learn_total(self, total: int | None) -> None:
         if total is None:
@@ -387,16 +413,13 @@ class ReceiveTransfer(Transfer):
             raise ProtocolViolation(f"total {total} after {self.transferred_tokens} tokens")
         self.total = total
 
-    def _reserve_rest(self, rest: int) -> ReserveRest:
-        behind = self._allocations[-1] if self._allocations else None
-        return ReserveRest(self.number, rest, behind)
-
     def _rest(self) -> int:
         """Tokens to reserve next: all that is left, or a default's worth of a stream."""
         return self._default_tokens if self.total is None else self.total - self.granted_tokens
 
     def _reserved(self, allocation: Allocation, extends: bool, now: float) -> Commands:
-        if self.state.is_terminal:  # granted in turn just when it failed
+        self.reservation = None
+        if self.state.is_terminal or self._is_sealed:  # granted in turn just when it ended
             return [Release(self.number, (allocation,))]
         blocks, extents = allocation.block_indices, allocation.extents
         if extends:
@@ -423,6 +446,7 @@ class ReceiveTransfer(Transfer):
         ]
 
     def _refused(self) -> Commands:
+        self.reservation = None
         if self.state is not State.AWAITING_RESUME:
             return []  # only an attempt to be early; it is asked for again when the grant is full
         self._is_copying = True
@@ -447,7 +471,7 @@ class ReceiveTransfer(Transfer):
         if self.granted_tokens > self.transferred_tokens:
             self._move(Resumed, now)
             return []
-        return [self._reserve_rest(self._rest())]
+        return self._reserve_rest()
 
     def _check_written(self, event: Written) -> None:
         if self.state is State.ALLOC or event.sequence >= len(self._borders) or self._is_sealed:
@@ -466,9 +490,7 @@ class ReceiveTransfer(Transfer):
         self._is_sealed = True
         if self._is_copying:
             return []  # a stream ended while its chunks are on their way out; joined afterwards
-        commands: Commands = []
-        if self.state is State.AWAITING_RESUME:
-            commands.append(Unreserve(self.number))
+        commands = self._unreserve()
         extents = self._landed()
         if self._moved_tokens == 0 and len(extents) <= 1:
             return commands + self._deliver(extents, now)
@@ -495,7 +517,9 @@ class ReceiveTransfer(Transfer):
             assert self.total is not None
             self._is_copying = True
             return [*released, Join(self.number, (), self.total)]
-        return [*released, Reserve(self.number, self._rest(), claimed=True)]
+        if self._rest() <= 0:
+            return released  # a stream has ended at the border of a grant; it will say so
+        return [*released, *self._reserve(self._rest(), claimed=True)]
 
     def _joined(self, now: float) -> Commands:
         self._is_copying = False
@@ -511,19 +535,22 @@ class ReceiveTransfer(Transfer):
     ) -> Commands:
         if self.state.is_terminal:
             return []
-        waits = self.state is not State.SENDING and not self._is_copying
         self._move(Failed, now)
         self.failure = failure
-        commands: Commands = [Unreserve(self.number)] if waits else []
+        commands = self._unreserve()
         self._is_quarantined = may_be_written
         if may_be_written:
             commands.append(Quarantine(self.number, tuple(self._allocations)))
         else:
             commands += self._release()
         if self.id is not None and not is_told:
-            message = failure.message[:2000]
+            message = frames.clipped(failure.message)
             commands.append(SendFrame(frames.Abort(self.id, failure.reason, message, False)))
-        return [*commands, Fail(self.number, failure)]
+        return [*commands, Fail(self.number, failure, self.story())]
+
+    def _drained(self) -> Commands:
+        self._is_quarantined = False
+        return self._release() if self.state.is_terminal else []
 
     def _release(self) -> Commands:
         if self._is_copying or self._is_quarantined or not self._allocations:
