@@ -96,3 +96,11 @@ def test_the_scheduler_admits_times_out_and_cancels() -> None:
         output = finish(process)
     assert output.endswith("1 CancelledError, 1 deadline, 20 done\n")
     assert "32 free" in output  # every block of the pool came back
+
+
+@pytest.mark.slow
+def test_a_plane_of_ones_own_carries_the_bytes() -> None:
+    with running("custom_plane.py") as process:
+        output = finish(process)
+    assert "plane=file tokens=2000" in output
+    assert output.endswith("bit-identical\n")
