@@ -305,13 +305,15 @@ class Sender:
         self,
         ticket: Ticket | str | bytes,
         *,
+        to: str | None = None,
         num_tokens: int | None = None,
         timeout: float | None = None,
     ) -> Transfer:
         """Ask for the grant now, before the tensors are there; returns at once.
 
         Args:
-            ticket: from `receiver.expect()`, or its JSON or bytes.
+            ticket: from `receiver.expect()`, or its JSON or bytes; or a bare request id.
+            to: the receiver's address, for a bare request id; see :meth:`send`.
             num_tokens: the length, if it is known by now: then the grant is exact.
             timeout: seconds for the whole transfer.
 
@@ -320,11 +322,11 @@ class Sender:
             Rejected: it is the ticket of an offer, or (retryable) too many transfers wait.
             PoolClosed: the sender is closed.
         """
-        ticket = _ticket_from(ticket)
-        if ticket.kind != "expect":
+        request_id, known = _request_of(ticket)
+        if known is not None and known.kind != "expect":
             raise Rejected("this ticket is an offer: a receiver redeems it")
-        transfer = Transfer(self, ticket.request_id, num_tokens)
-        return self._open(transfer, timeout, ticket=ticket)
+        transfer = Transfer(self, request_id, num_tokens)
+        return self._open(transfer, timeout, ticket=known, to=to)
 
     async def send(
         self,
@@ -348,9 +350,8 @@ class Sender:
         Raises:
             AiommError: see the tree in :mod:`aiomm.errors`.
         """
-        is_bare = isinstance(request, str) and not request.startswith("{")
-        ticket = None if is_bare else _ticket_from(request)
-        transfer = Transfer(self, str(request) if ticket is None else ticket.request_id)
+        request_id, ticket = _request_of(request)
+        transfer = Transfer(self, request_id)
         transfer.send(tensors, metadata=metadata)
         return await self._open(transfer, timeout, ticket=ticket, to=to)
 
@@ -452,10 +453,15 @@ class Sender:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
 
 
-def _ticket_from(ticket: Ticket | str | bytes) -> Ticket:
-    if isinstance(ticket, Ticket):
-        return ticket
-    return Ticket.from_json(ticket) if isinstance(ticket, str) else Ticket.from_bytes(ticket)
+def _request_of(request: Ticket | str | bytes) -> tuple[str, Ticket | None]:
+    """Return the request id, and the ticket unless it is a bare request id."""
+    if isinstance(request, str) and not request.startswith("{"):
+        return request, None
+    if isinstance(request, str):
+        request = Ticket.from_json(request)
+    elif isinstance(request, bytes):
+        request = Ticket.from_bytes(request)
+    return request.request_id, request
 
 
 def _num_tokens(rows: Mapping[str, Any]) -> int:
