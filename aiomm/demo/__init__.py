@@ -1,0 +1,1 @@
+"""The demo: a language process and an encoder process of their own, and what they moved."""
