@@ -109,12 +109,12 @@ class Endpoint(ABC):
 
     def timer(self, now: float) -> None:
         """Look at everything whose time has come."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self._expired(heapq.heappop(self._deadlines)[1], now)
         for session in list(self.sessions.values()):
             if session.is_silent(now):
                 silence = f"the peer has not answered for {self._timing.peer_timeout:g} s"
                 self._lose(session, Failure(Reason.PEER_LOST, silence), now)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            self._expired(heapq.heappop(self._deadlines)[1], now)
 
     # What the driver takes out.
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from aiomm.errors import Failure, Reason, Rejected
 from aiomm.protocol.events import TokensReady
 
-from .world import Faults, Process, Receiving, Sending, Token, Violation, World
+from .receiving_process import Receiving
+from .sending_process import Sending
+from .world import Faults, Process, Token, Violation, World
 
 FAULTS_END = 6.0
 DETECTION = 0.05
@@ -72,7 +74,6 @@ class Simulation:
             self.new_receiver(address)
         for address in self.sender_addresses:
             self.new_sender(address)
-        self.world.check_after_each_action = self.check
         for _ in range(self.chance.randint(1, 6)):
             self.world.after(self.chance.random() * FAULTS_END, self.wish)
         if self.chance.random() < 0.7:
@@ -178,11 +179,13 @@ class Simulation:
         """Make a request at a receiver some time soon, and perhaps give it up later."""
 
         def act() -> None:
+            known = receiver.endpoint.numbers()
             try:
                 number = request()
             except Rejected:
                 return
-            self.wishes.append(Wish(receiver, number, self.now + timeout))
+            if number not in known:  # who asks for what exists waits for its deadline
+                self.wishes.append(Wish(receiver, number, self.now + timeout))
             if self.chance.random() < 0.15:
                 failure = Failure(Reason.CANCELLED, "the receiver's user changed her mind")
                 receiver.later(
@@ -226,7 +229,7 @@ class Simulation:
         sender.later(self.chance.random() * 0.2, act)
 
     def encode(self, sender: Sending, generation: int, total: int) -> None:
-        """Let tokens become ready: all at once, or as a stream that learns its length at the end."""
+        """Let tokens become ready: all at once, or as a stream that learns its length last."""
         at = self.chance.random() * 0.2
         if self.chance.random() < 0.4:
             for available in sorted(self.chance.randint(0, total) for _ in range(3)):
@@ -267,21 +270,21 @@ class Simulation:
     def restart(self, process: Process) -> None:
         """Kill a process; soon after, another life begins at its address."""
         process.crash()
-        begin = self.new_sender if isinstance(process, Sending) else self.new_receiver
-        self.world.after(self.chance.random(), lambda: begin(process.address))
+        self.world.after(self.chance.random(), lambda: self.begin_again(process))
         for other in self.world.processes:
-            self.world.after(
-                self.chance.random() * DETECTION, lambda other=other: self.notice(other, process)
-            )
+            self.notice(other, process)
+
+    def begin_again(self, process: Process) -> None:
+        """Begin another life at the address of a dead process."""
+        if isinstance(process, Sending):
+            self.new_sender(process.address)
+        else:
+            self.new_receiver(process.address)
 
     def notice(self, other: Process, dead: Process) -> None:
         """Let a process learn that another is dead for certain."""
-
-        def act() -> None:
-            other.endpoint.peer_died(dead.epoch, self.now)
-            other.pump()
-
-        self.world.after(0.0, act, other)
+        delay = self.chance.random() * DETECTION
+        other.later(delay, lambda: other.endpoint.peer_died(dead.epoch, self.now))
 
     def stop(self, process: Process) -> None:
         """SIGSTOP, and SIGCONT some time later."""
@@ -298,21 +301,16 @@ class Simulation:
     def make_peace(self) -> None:
         """End all faults. Everybody lives and can be reached, or is known to be dead."""
         self.world.faults = Faults()
-        for sender in self.world.at_address.values():
-            if isinstance(sender, Sending):
+        for process in list(self.world.at_address.values()):
+            if isinstance(process, Sending):
                 for address in self.receiver_addresses:
-                    path = sender.path_to(address)
-                    sender.later(
-                        0.0,
-                        lambda sender=sender, path=path: sender.endpoint.contact(path, self.now),
-                    )
+                    self.reach(process, address)
+
+    def reach(self, sender: Sending, address: str) -> None:
+        """Let a sender say Hello (again) to whoever is at `address`."""
+        sender.later(0.0, lambda: sender.endpoint.contact(sender.path_to(address), self.now))
 
     # The accounts.
-
-    def check(self) -> None:
-        """What holds after every action."""
-        for process in self.world.at_address.values():
-            process.check()
 
     def check_settled(self) -> None:
         """What holds when nothing happens any more."""

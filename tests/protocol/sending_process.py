@@ -1,0 +1,97 @@
+"""A sender in virtual time: its writes land token by token, some time later, or fail."""
+
+from __future__ import annotations
+
+from aiomm.errors import Failure, Reason
+from aiomm.protocol import commands as do
+from aiomm.protocol.frames import Hello, specs_of
+from aiomm.protocol.sending import SendEndpoint
+from aiomm.protocol.transfer import SendTransfer
+from aiomm.types import Extent, Schema, TransferId
+
+from .receiving_process import Receiving
+from .world import SCHEMA, TIMING, Process, Token, Violation, World, Writer
+
+
+class Sending(Process):
+    """A sender whose writes land token by token, some time later."""
+
+    endpoint: SendEndpoint
+
+    def __init__(self, world: World, address: str, *, schema: Schema = SCHEMA) -> None:
+        super().__init__(world, address)
+        self.opened: dict[int, SendTransfer] = {}
+        self.totals: dict[int, int] = {}
+        """Tokens of each transfer, by generation."""
+        self.offered: dict[str, int] = {}
+        """Tokens of each offer."""
+        self._writing: set[int] = set()
+        """Generations with a running write. Never two at once."""
+        self.endpoint = SendEndpoint(
+            self.epoch, schema, Hello("sender", address, specs_of(schema)), timing=TIMING
+        )
+
+    def execute(self, command: do.Command) -> None:
+        match command:
+            case do.Write(transfer, _, start, extents):
+                self._write(transfer, start, extents)
+            case do.Quiesce(transfer):
+                generation = transfer.generation
+                delay = 0.06 + self.world.random.random() * 0.1
+                self.later(delay, lambda: self.endpoint.drained(generation, self.world.now))
+            case do.Finish(transfer):
+                self.end(transfer.generation, None)
+            case do.Fail(generation, failure):
+                self.end(generation, failure)
+            case do.Serve(transfer):
+                self.totals[transfer.generation] = self.offered[transfer.request_id]
+            case do.ProbeResult() | do.Tell():
+                pass
+            case _:
+                raise Violation(f"not a sender's command: {command}")
+
+    def _write(self, transfer: TransferId, start: int, extents: tuple[Extent, ...]) -> None:
+        generation, chance = transfer.generation, self.world.random
+        if generation in self._writing:
+            raise Violation(f"{transfer} has two writes at once")
+        self._writing.add(generation)
+        positions = [position for extent in extents for position in range(*extent)]
+        target = self._memory_of(generation)
+        seconds = chance.choice([0.0, 0.001, 0.05])
+        for index, position in enumerate(positions):
+            token = Token(Writer(self.epoch, transfer), start + index)
+            delay = seconds * (index + 1) / len(positions)
+            self._land_after(delay, target, position, token)
+        if chance.random() < self.world.faults.write_failure:
+            failure = Failure(Reason.PLANE, "the plane broke")
+            self.later(
+                seconds * chance.random(),
+                lambda: self._written(generation, failure),
+            )
+        else:
+            self.later(seconds, lambda: self._written(generation, None))
+
+    def _memory_of(self, generation: int) -> Receiving | None:
+        peer = self.endpoint.peer_of(generation)
+        for process in self.world.processes:
+            if process.epoch == peer and isinstance(process, Receiving):
+                return process
+        return None
+
+    def _land_after(
+        self, delay: float, target: Receiving | None, position: int, token: Token
+    ) -> None:
+        if target is not None:
+            self.world.after(delay, lambda: target.land(position, token), self)
+
+    def check(self) -> None:
+        """Check that what has been transferred only grows."""
+        for generation, core in self.opened.items():
+            self.check_progress(generation, core.transferred_tokens)
+
+    def _written(self, generation: int, failure: Failure | None) -> None:
+        self._writing.discard(generation)
+        if failure is None:
+            self.endpoint.write_finished(generation, self.world.now)
+        else:
+            self.endpoint.write_failed(generation, failure, self.world.now)
