@@ -60,6 +60,7 @@ class Receiving(Process):
         max_peers: int = 64,
         revokes: bool = False,
         holds_leases_for: float = 0.0,
+        is_forgetful: bool = False,
         takes_any: bool = False,
     ) -> None:
         super().__init__(world, address)
@@ -68,6 +69,7 @@ class Receiving(Process):
         self.cells: list[Token | None] = [None] * (blocks * BLOCK_SIZE)
         self.revokes = revokes
         self.holds_leases_for = holds_leases_for
+        self.is_forgetful = is_forgetful
         self.delivered: dict[int, Delivered] = {}
         self.kept: dict[int, Lease | None] = {}
         """Results that nobody has asked for so far."""
@@ -77,13 +79,15 @@ class Receiving(Process):
         """Block -> the one transfer that may write it, or may still have a write running."""
         self.revoked: set[Writer] = set()
         self._writers: dict[int, Writer] = {}
+        self._being_read: dict[int, int] = {}
+        """Block -> the request whose copy out of the pool is running."""
         self._copies: dict[int, list[Token | None]] = {}
         self.endpoint = ReceiveEndpoint(
             self.epoch,
             SCHEMA,
             Hello("receiver", address, specs_of(SCHEMA), takes_any=takes_any),
             default_tokens=DEFAULT_TOKENS,
-            default_timeout=10.0,
+            default_timeout=60.0,
             timing=TIMING,
             max_peers=max_peers,
             max_tokens=1000,
@@ -187,6 +191,8 @@ class Receiving(Process):
 
     def _disown(self, number: int, blocks: tuple[int, ...]) -> None:
         for block in blocks:
+            if block in self._being_read:
+                raise Violation(f"block {block} is free while {number} is copied out of it")
             if self.owner.pop(block, None) != number:
                 raise Violation(f"{number} gave back block {block}, which is not its own")
             self.writable.pop(block, None)
@@ -194,11 +200,16 @@ class Receiving(Process):
     def _copy(
         self, number: int, extents: tuple[Extent, ...], done: Callable[[int, float], None]
     ) -> None:
+        blocks = {p // BLOCK_SIZE for extent in extents for p in range(*extent)}
+        self._being_read.update(dict.fromkeys(blocks, number))
+
         def finish() -> None:  # read as late as possible: nobody may have touched the blocks
+            for block in blocks:
+                del self._being_read[block]
             self._copies[number] = self._copies.get(number, []) + self._read(extents)
             done(number, self.world.now)
 
-        self.later(self.world.random.random() * 0.01, finish)
+        self.later(self.world.random.random() * 0.2, finish)
 
     def _read(self, extents: tuple[Extent, ...]) -> list[Token | None]:
         return [self.cells[position] for extent in extents for position in range(*extent)]
@@ -226,7 +237,7 @@ class Receiving(Process):
 
     def _take(self, number: int, lease: Lease | None) -> None:
         """Let the user have the result, unless she has forgotten that she asked for it."""
-        if self.world.random.random() < 0.1:
+        if self.is_forgetful and self.world.random.random() < 0.1:
             self.kept[number] = lease
             return
         self.endpoint.taken(number)

@@ -89,6 +89,12 @@ class Sending(Process):
         for generation, core in self.opened.items():
             self.check_progress(generation, core.transferred_tokens)
 
+    def check_abandoned(self, peer: int) -> None:
+        """Check that no transfer to a dead receiver is kept alive."""
+        for generation, core in self.opened.items():
+            if self.endpoint.peer_of(generation) == peer and not core.state.is_terminal:
+                raise Violation(f"{self.address}: {generation} goes on, but its receiver is dead")
+
     def _written(self, generation: int, failure: Failure | None) -> None:
         self._writing.discard(generation)
         if failure is None:

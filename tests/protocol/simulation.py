@@ -2,6 +2,7 @@
 
 For `FAULTS_END` seconds the network loses, repeats, delays and reorders, processes crash, pause and
 begin new lives, users change their minds. Then all of that stops and everything has to settle.
+In a calm story only the network repeats and delays; there every single wish has to come true.
 """
 
 from __future__ import annotations
@@ -49,15 +50,16 @@ class Simulation:
         self.chance = self.world.random
         self.sender_addresses = [f"sender{n}" for n in range(self.chance.randint(1, 3))]
         self.receiver_addresses = [f"receiver{n}" for n in range(self.chance.choice([1, 1, 2]))]
+        self.is_calm = self.chance.random() < 0.3
         self.blocks = self.chance.choice([1, 2, 3, 5, 8, 20])
         self.revokes = self.chance.random() < 0.15
         self.holds_leases_for = self.chance.choice([0.0, 0.2, 2.0])
-        self.max_waiting = self.chance.choice([1, 3, 1000, 1000])
+        self.max_waiting = 1000 if self.is_calm else self.chance.choice([1, 3, 1000, 1000])
         self.world.faults = Faults(
-            loss=self.chance.choice([0.0, 0.05, 0.3]),
+            loss=0.0 if self.is_calm else self.chance.choice([0.0, 0.05, 0.3]),
             duplication=self.chance.choice([0.0, 0.1, 0.3]),
-            longest_delay=self.chance.choice([0.002, 0.1, 1.0, 6.0]),
-            write_failure=self.chance.choice([0.0, 0.0, 0.1]),
+            longest_delay=self.chance.choice([0.002, 0.1, 1.0, 1.0 if self.is_calm else 6.0]),
+            write_failure=0.0 if self.is_calm else self.chance.choice([0.0, 0.0, 0.1]),
         )
         self.names = 0
 
@@ -74,9 +76,10 @@ class Simulation:
             self.new_receiver(address)
         for address in self.sender_addresses:
             self.new_sender(address)
+        rush = self.chance.choice([0.1, FAULTS_END])
         for _ in range(self.chance.randint(1, 6)):
-            self.world.after(self.chance.random() * FAULTS_END, self.wish)
-        if self.chance.random() < 0.7:
+            self.world.after(self.chance.random() * rush, self.wish)
+        if not self.is_calm and self.chance.random() < 0.9:
             for _ in range(self.chance.randint(1, 4)):
                 self.world.after(self.chance.random() * FAULTS_END, self.trouble)
         self.world.run(FAULTS_END)
@@ -95,7 +98,8 @@ class Simulation:
             max_waiting=self.max_waiting,
             revokes=self.revokes,
             holds_leases_for=self.holds_leases_for,
-            takes_any=self.chance.random() < 0.3,
+            is_forgetful=not self.is_calm,
+            takes_any=not self.is_calm and self.chance.random() < 0.3,
         )
 
     def new_sender(self, address: str) -> Sending:
@@ -120,15 +124,18 @@ class Simulation:
         if sender is None or receiver is None:
             return
         self.names += 1
-        name = f"request{self.names}" if self.chance.random() < 0.8 else "same"
-        ways = [self.by_ticket, self.unasked, self.by_name, self.by_offer, self.asked_by_name]
+        is_unique = self.is_calm or self.chance.random() < 0.8
+        name = f"request{self.names}" if is_unique else "same"
+        ways = [self.by_ticket, self.unasked, self.by_offer, self.asked_by_name]
+        if not self.is_calm:  # the result could be taken before it is asked for
+            ways.append(self.by_name)
         self.chance.choice(ways)(name, sender, receiver)
 
     def by_ticket(self, name: str, sender: Sending, receiver: Receiving) -> None:
         """The receiver expects it, and the ticket reaches a sender."""
         timeout = self.timeout()
         self.ask(receiver, timeout, lambda: receiver.endpoint.expect(name, KEY, timeout, self.now))
-        for _ in range(self.chance.choice([1, 1, 1, 2])):
+        for _ in range(self.chance.choice([1, 1, 1, 1 if self.is_calm else 2])):
             self.open(name, sender, receiver, life=receiver.epoch, key=KEY)
 
     def unasked(self, name: str, sender: Sending, receiver: Receiving) -> None:
@@ -153,7 +160,7 @@ class Simulation:
         sender.later(0.0, offer)
         for _ in range(self.chance.choice([1, 1, 3])):
             self.redeem(name, receiver, sender, KEY, life=sender.epoch)
-        if self.chance.random() < 0.2:
+        if self.is_fickle(0.2):
             sender.later(self.chance.random(), lambda: sender.endpoint.withdraw(name))
 
     def asked_by_name(self, name: str, sender: Sending, receiver: Receiving) -> None:
@@ -186,14 +193,14 @@ class Simulation:
                 return
             if number not in known:  # who asks for what exists waits for its deadline
                 self.wishes.append(Wish(receiver, number, self.now + timeout))
-            if self.chance.random() < 0.15:
+            if self.is_fickle(0.15):
                 failure = Failure(Reason.CANCELLED, "the receiver's user changed her mind")
                 receiver.later(
                     self.chance.random() * 0.5,
                     lambda: receiver.endpoint.fail(number, failure, self.now),
                 )
 
-        receiver.later(self.chance.random() * 0.2, act)
+        receiver.later(0.0 if self.is_calm else self.chance.random() * 0.2, act)
 
     def open(
         self,
@@ -219,7 +226,7 @@ class Simulation:
             self.wishes.append(Wish(sender, generation, self.now + timeout))
             if not is_known:
                 self.encode(sender, generation, total)
-            if self.chance.random() < 0.15:
+            if self.is_fickle(0.15):
                 failure = Failure(Reason.CANCELLED, "the encoder raised")
                 sender.later(
                     self.chance.random() * 0.5,
@@ -252,9 +259,13 @@ class Simulation:
         """Choose a length; borders of blocks, grants and pools more often than by chance."""
         return self.chance.choice([0, 1, 4, 7, 8, 9, 16, 20, 33, 60])
 
+    def is_fickle(self, probability: float) -> bool:
+        """Choose whether a user changes her mind."""
+        return not self.is_calm and self.chance.random() < probability
+
     def timeout(self) -> float:
         """Choose how long somebody waits."""
-        return self.chance.choice([0.3, 3.0, 20.0, 20.0])
+        return 60.0 if self.is_calm else self.chance.choice([0.3, 3.0, 20.0, 20.0])
 
     # What goes wrong.
 
@@ -285,6 +296,7 @@ class Simulation:
         """Let a process learn that another is dead for certain."""
         delay = self.chance.random() * DETECTION
         other.later(delay, lambda: other.endpoint.peer_died(dead.epoch, self.now))
+        other.later(delay, lambda: other.check_abandoned(dead.epoch))
 
     def stop(self, process: Process) -> None:
         """SIGSTOP, and SIGCONT some time later."""
@@ -375,6 +387,9 @@ class Simulation:
             return
         if wish.number not in process.outcomes:
             raise Violation(f"{process.address}: {wish.number} has no outcome")
+        failure = process.outcomes[wish.number]
+        if self.is_calm and failure is not None:
+            raise Violation(f"{process.address}: {wish.number} failed without need: {failure}")
         late = process.ended_at[wish.number] - wish.deadline
         if late > SLACK and not process.was_paused:
             raise Violation(f"{process.address}: {wish.number} ended {late:.1f} s too late")

@@ -194,6 +194,9 @@ class Process:
     def check(self) -> None:
         """Check what holds for this kind of process after every action."""
 
+    def check_abandoned(self, peer: int) -> None:
+        """Check that nothing goes on with a peer that is known to be dead."""
+
     def end(self, number: int, failure: Failure | None) -> None:
         """Note the one outcome of a request."""
         if number in self.outcomes:
