@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from secrets import token_bytes
 from types import TracebackType
@@ -16,7 +15,7 @@ import msgspec
 from ._driver.receiving import Delivery, ReceiveDriver
 from .buffers.arrays import Array
 from .config import ReceiverSettings, settings_from
-from .control.address import TcpAddress, parse_address
+from .control.address import TcpAddress, parse_address, require_allowed
 from .errors import AiommError, Failure, PoolClosed, Reason, Rejected
 from .planes.base import Plane
 from .planes.registry import make_planes
@@ -89,7 +88,11 @@ class Lease(Mapping[str, Array]):
             tensors = dict(self._joined)
         else:
             tensors = {name: _copy(tensor) for name, tensor in self.items()}
-        self._driver.loop.call_soon_threadsafe(self.release)
+        loop = self._driver.loop
+        if _runs_here(loop) or loop.is_closed():
+            self.release()
+        else:
+            loop.call_soon_threadsafe(self.release)
         return tensors
 
     def __enter__(self) -> Self:
@@ -179,20 +182,22 @@ class Receiver:
             raise ValueError(f"device {device!r}: only 'cpu' can hold the pool so far")
         self.schema = schema
         self.settings = settings_from(ReceiverSettings, settings)
-        self._connect = (connect,) if isinstance(connect, str) else tuple(connect)
+        contacts = frozenset((connect,) if isinstance(connect, str) else connect)
+        for address in contacts:
+            require_allowed(parse_address(address), insecure=self.settings.insecure)
         self._driver = ReceiveDriver(
             schema,
             self.settings,
             bind,
             make_planes(planes),
             self.settings.name or f"receiver-{os.getpid()}",
-            takes_any=bool(self._connect),
+            takes_any=bool(contacts),
             waiter=self,
         )
+        self._driver.standing_contacts = contacts
         self._waiting: dict[int, asyncio.Future[Delivery]] = {}
         self._results: dict[int, Delivery | AiommError] = {}
         """What has ended and nobody has asked for yet."""
-        self._arrived: deque[int] = deque()
         self._arrival = asyncio.Event()
 
     @property
@@ -215,11 +220,7 @@ class Receiver:
             OSError: the address cannot be bound.
             PlaneUnavailable: no plane can be used, or there is no memory for the pool.
         """
-        starting = self._driver.ensure_started()
-        await asyncio.shield(starting)
-        for address in self._connect:
-            self._driver.contact(address)
-        self._driver.pump()
+        await asyncio.shield(self._driver.ensure_started())
 
     async def aclose(self) -> None:
         """Abort what is not done, wait for senders to drain, part, close the pool. Idempotent.
@@ -259,8 +260,7 @@ class Receiver:
         key = token_bytes(16)
         seconds = self.settings.timeout if timeout is None else timeout
         driver.endpoint.expect(request_id, key, seconds, driver.now())
-        if driver.is_started:
-            driver.pump()
+        driver.pump()
         return Ticket(
             kind="expect",
             request_id=request_id,
@@ -293,11 +293,18 @@ class Receiver:
         return Reception(lambda: self._receive(request, source, timeout))
 
     def cancel(self, request_id: str, reason: str = "cancelled by the receiver") -> None:
-        """Give a request up and tell its sender at once. Harmless when there is none."""
+        """Give a request up and tell its sender at once. Harmless when there is none.
+
+        Who waits for it gets Cancelled; a result that nobody has taken is dropped. The request
+        id is free again.
+        """
         driver = self._driver
-        if not driver.is_started:
+        number = driver.endpoint.number_of(request_id)
+        if number is None:
             return
-        driver.endpoint.cancel(request_id, Failure(Reason.CANCELLED, reason), driver.now())
+        driver.endpoint.fail(number, Failure(Reason.CANCELLED, reason), driver.now())
+        if number not in self._waiting:
+            self._drop(number)
         driver.pump()
 
     def metrics(self) -> dict[str, int]:
@@ -320,33 +327,37 @@ class Receiver:
     async def _arrivals(self) -> AsyncIterator[Lease]:
         """Yield what arrives and nobody asks for by its id, until the receiver is closed."""
         await self.start()
-        while True:
-            while self._arrived:
-                number = self._arrived.popleft()
-                if isinstance(self._results.get(number), Delivery):
-                    yield self._take(number)
-            if self._driver.is_closing:
-                return
+        while not self._driver.is_closing:
+            arrived = (n for n, result in self._results.items() if isinstance(result, Delivery))
+            number = next(arrived, None)
+            if number is not None:
+                yield self._take(number)
+                continue
             self._arrival.clear()
             await self._arrival.wait()
 
     def ended(self, number: int, result: Delivery | AiommError) -> None:
         """Pass a result on to who waits for it, or keep it (called by the driver)."""
-        late = self._results.pop(number, None)
-        if isinstance(late, Delivery):  # it was kept until its deadline, and nobody came
-            self._driver.release(late.allocations)
         waiting = self._waiting.pop(number, None)
-        if waiting is None:
-            if late is None:
-                self._results[number] = result
-                self._arrived.append(number)
-                self._arrival.set()
+        if waiting is None and self._driver.endpoint.is_wanted(number):
+            self._results[number] = result
+            self._arrival.set()
+            return
+        self._drop(number)
+        if waiting is None or waiting.done():  # cancelled, and its task has not run yet
+            if isinstance(result, Delivery):
+                self._driver.release(result.allocations)
         elif isinstance(result, AiommError):
-            self._driver.endpoint.taken(number)
             waiting.set_exception(result)
         else:
-            self._driver.endpoint.taken(number)
             waiting.set_result(result)
+
+    def _drop(self, number: int) -> None:
+        """End a request; a result that was kept for it is nobody's any more."""
+        self._driver.endpoint.taken(number)
+        kept = self._results.pop(number, None)
+        if isinstance(kept, Delivery):
+            self._driver.release(kept.allocations)
 
     async def _receive(
         self, request: str | Ticket | bytes, source: str | None, timeout: float | None
@@ -381,9 +392,7 @@ class Receiver:
                 ticket.epoch,
                 ticket.address,
             )
-        path = None
-        if address and life not in driver.endpoint.sessions:
-            path = driver.contact(address)
+        path = driver.path_to(address, life)
         return driver.endpoint.redeem(
             request_id, key, path=path, life=life, timeout=timeout, now=now
         )
@@ -419,6 +428,13 @@ def _ticket_from(request: str | Ticket | bytes) -> Ticket:
     if isinstance(request, Ticket):
         return request
     return Ticket.from_json(request) if isinstance(request, str) else Ticket.from_bytes(request)
+
+
+def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
 
 
 def _copy(tensor: Any) -> Array:

@@ -429,14 +429,11 @@ class Sender:
         driver = self._driver
         address = to if ticket is None else ticket.address
         life = 0 if ticket is None else ticket.epoch
-        path = None
-        if address and life not in driver.endpoint.sessions:
-            path = driver.contact(address)
         core = driver.endpoint.open(
             transfer.request_id,
             timeout=timeout,
             now=driver.now(),
-            path=path,
+            path=driver.path_to(address, life),
             life=life,
             key=b"" if ticket is None else ticket.key,
             ready=transfer._ready(),

@@ -13,7 +13,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import pytest
@@ -25,6 +25,8 @@ from aiomm.planes.memory import Faults, MemoryPlane
 __all__ = [
     "ANYWHERE",
     "SCHEMA",
+    "SMALL_POOL",
+    "after_packets",
     "assert_idle",
     "cancelled_at",
     "error_of",
@@ -211,3 +213,30 @@ async def cancelled_at(
     task = asyncio.ensure_future(run())
     await asyncio.wait([task])
     return None if task.cancelled() else task.result()
+
+
+@contextmanager
+def after_packets(
+    count: int, *endpoints: Receiver | Sender, then: Callable[[], object]
+) -> Iterator[None]:
+    """Call `then` once, when `count` packets have come to these endpoints together."""
+    seen = 0
+
+    def counting(receive: Callable[..., None]) -> Callable[..., None]:
+        def received(*arguments: Any) -> None:
+            nonlocal seen
+            receive(*arguments)
+            seen += 1
+            if seen == count:
+                then()
+
+        return received
+
+    drivers = [endpoint._driver for endpoint in endpoints]
+    for driver in drivers:
+        vars(driver)["packet_received"] = counting(driver.packet_received)
+    try:
+        yield
+    finally:
+        for driver in drivers:
+            del vars(driver)["packet_received"]

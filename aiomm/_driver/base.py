@@ -15,6 +15,7 @@ import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Coroutine
+from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ..config import EndpointSettings
@@ -28,6 +29,9 @@ from ..protocol.frames import PROTOCOL_VERSION, Packet, Ping, encode
 from ..protocol.session import Path
 
 __all__ = ["Driver", "new_epoch"]
+
+RECONTACT_DELAY = 0.1
+"""Seconds before a lost standing contact is made again: whoever is there may refuse each one."""
 
 logger = logging.getLogger("aiomm")
 
@@ -49,6 +53,8 @@ class Driver(Generic[_Endpoint]):
     """
 
     endpoint: _Endpoint
+    standing_contacts: AbstractSet[str] = frozenset()
+    """Addresses where this side says Hello when it starts, and again after every loss."""
     listens: ClassVar[bool]
     """Whether peers on this host connect their streams here, or this side to them."""
 
@@ -72,7 +78,7 @@ class Driver(Generic[_Endpoint]):
         self.is_started = False
         self.is_closing = False
         self._is_finished = False
-        self._closed: asyncio.Future[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     # Beginning and end.
 
@@ -111,6 +117,8 @@ class Driver(Generic[_Endpoint]):
             raise
         self.is_started = True
         logger.debug("= %s is up at %s", self.name, self.channel.address)
+        self._keep_contacts()
+        self.pump()
 
     async def _start_stream(self, stream: UnixChannel) -> None:
         try:
@@ -126,17 +134,13 @@ class Driver(Generic[_Endpoint]):
 
     async def aclose(self) -> None:
         """Close within `close_timeout`: end what runs, part from every peer, give memory back."""
-        if self._closed is not None:
-            await asyncio.shield(self._closed)
-            return
         self.is_closing = True
         if self._starting is None:
             return
-        self._closed = self.loop.create_future()
-        try:
-            await self._drain_and_close()
-        finally:
-            self._closed.set_result(None)
+        if self._closing is None:
+            closing = self._drain_and_close()
+            self._closing = self.loop.create_task(closing, name=f"{self.name} close")
+        await asyncio.shield(self._closing)  # cancelled, one stops waiting; it closes all the same
 
     async def _drain_and_close(self) -> None:
         await asyncio.gather(self._starting or asyncio.sleep(0), return_exceptions=True)
@@ -218,6 +222,8 @@ class Driver(Generic[_Endpoint]):
         if not channel.proves_death:
             self._lives.pop(path, None)
             channel.disconnect(peer)
+        if not self.standing_contacts <= self._at_address.keys():
+            self.loop.call_later(RECONTACT_DELAY, self._keep_contacts)
         self.pump()
 
     def peer_died(self, channel: Channel, peer: Peer) -> None:
@@ -225,6 +231,13 @@ class Driver(Generic[_Endpoint]):
         life = self._lives.pop(self._path(channel, peer), None)
         if life is not None:
             self.endpoint.peer_died(life, self.now())
+            self.pump()
+
+    def _keep_contacts(self) -> None:
+        """Contact whoever this side stays in contact with, also their next life."""
+        if not self.is_closing:
+            for address in self.standing_contacts:
+                self.contact(address)
             self.pump()
 
     def contact(self, address: str) -> Path:
@@ -240,9 +253,23 @@ class Driver(Generic[_Endpoint]):
             self.endpoint.contact(path, self.now())
         return path
 
+    def path_to(self, address: str | None, life: int) -> Path | None:
+        """Return the path for a first contact with `life`; None where none is needed, or helps.
+
+        Raises:
+            ValueError: the address is malformed or not allowed.
+        """
+        session = self.endpoint.sessions.get(life)
+        if not address or self.endpoint.has_ended(life) or (session and session.paths):
+            return None
+        return self.contact(address)
+
     def pump(self) -> None:
-        """Execute what the endpoint wants, then arm the timer. Call it after every input."""
-        if self._is_pumping:
+        """Execute what the endpoint wants, then arm the timer. Call it after every input.
+
+        Before the start and after the end it does nothing: there is no way out.
+        """
+        if self._is_pumping or not self.is_started or self._is_finished:
             return
         self._is_pumping = True
         try:

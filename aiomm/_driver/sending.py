@@ -79,6 +79,7 @@ class SendDriver(Driver[SendEndpoint]):
         self.offers: dict[str, tuple[Mapping[str, TokenRows], Watcher]] = {}
         """The tensors of each standing offer."""
         self._routes: dict[int, asyncio.Task[Route]] = {}
+        self._detachments: set[asyncio.Task[None]] = set()
         self._probes: dict[tuple[int, str], asyncio.Future[bool]] = {}
         self._used: dict[int, Route] = {}
         """The route each transfer was written over."""
@@ -89,9 +90,9 @@ class SendDriver(Driver[SendEndpoint]):
 
     async def tear_down(self) -> None:
         """Detach from every receiver."""
-        routes, self._routes = self._routes, {}
-        for task in routes.values():
-            await _detach(task)
+        for peer in list(self._routes):
+            self._detach(peer)
+        await asyncio.gather(*self._detachments)
 
     def abandon(self, failure: Failure) -> None:
         """Fail every transfer that is not done."""
@@ -141,9 +142,7 @@ class SendDriver(Driver[SendEndpoint]):
         """Detach from a receiver that is gone for good."""
         for key in [key for key in self._probes if key[0] == command.peer]:
             self._probes.pop(key).cancel()
-        task = self._routes.pop(command.peer, None)
-        if task is not None:
-            self.spawn(_detach(task), "detach")
+        self._detach(command.peer)
 
     # Routes.
 
@@ -162,6 +161,14 @@ class SendDriver(Driver[SendEndpoint]):
         task = self.loop.create_task(search, name=f"{self.name} route to {hello.name}")
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._routes[peer] = task
+
+    def _detach(self, peer: int) -> None:
+        """Begin to detach from a receiver. Nothing cancels it, so that nothing stays mapped."""
+        route = self._routes.pop(peer, None)
+        if route is not None:
+            detachment = self.loop.create_task(_detached(route), name=f"{self.name} detach")
+            self._detachments.add(detachment)
+            detachment.add_done_callback(self._detachments.discard)
 
     async def _route_of(self, generation: int) -> Route:
         """Return the route of a transfer's receiver; the search is shared by all transfers."""
@@ -236,7 +243,7 @@ def _failure_of(exc: Exception) -> Failure:
     return Failure(Reason.PLANE, f"writing failed: {type(exc).__name__}: {exc}")
 
 
-async def _detach(task: asyncio.Task[Route]) -> None:
+async def _detached(task: asyncio.Task[Route]) -> None:
     task.cancel()
     await asyncio.wait([task])
     if not task.cancelled() and task.exception() is None:

@@ -95,6 +95,10 @@ class Endpoint(ABC):
         """Learn that the process with epoch `peer` is dead for certain."""
         self._part(peer, Failure(Reason.PEER_LOST, "the peer's process died"), now)
 
+    def has_ended(self, life: int) -> bool:
+        """Whether that life of a peer is over for good."""
+        return life in self._ended
+
     def use_path(self, peer: int, path: Path) -> None:
         """Use another way to `peer` as well, and tell it by a first packet."""
         session = self.sessions.get(peer)

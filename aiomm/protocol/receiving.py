@@ -161,7 +161,10 @@ class ReceiveEndpoint(Endpoint):
         request = self._add(request_id, timeout, now, named=False)
         request.path, request.life, request.redeem_key = path, life, key
         session = self.sessions.get(life) if path is None else self._session_at(path)
-        if session is not None:
+        if self.has_ended(life):
+            gone = Failure(Reason.REJECTED, "the ticket is void: its sender is gone")
+            self._feed(request.transfer.number, events.Failed(gone), now)
+        elif session is not None:
             self._ask(request, session, now)
         elif path is not None:
             self.contact(path, now)

@@ -129,7 +129,10 @@ class SendEndpoint(Endpoint):
         if ready is not None:
             self._apply(opened, opened.transfer.handle(ready, now))
         self._waiting[opened.transfer.id.generation] = opened
-        if opened.is_unaddressed:
+        if self.has_ended(life):
+            gone = Failure(Reason.REJECTED, "the ticket is void: its receiver is gone")
+            self._feed(opened.transfer.id.generation, events.Failed(gone), now)
+        elif opened.is_unaddressed:
             self._find_receiver(opened, now)
         else:
             session = self.sessions.get(life) if path is None else self._session_at(path)
