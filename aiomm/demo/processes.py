@@ -118,7 +118,7 @@ async def _process(name: str) -> AsyncIterator[Process]:
         stdin=PIPE,
         stdout=PIPE,
         limit=MAX_LINE_NBYTES,
-        process_group=0,  # so that the terminal's Ctrl-C reaches the command alone
+        start_new_session=True,  # so that the terminal's Ctrl-C reaches the command alone
     )
     try:
         yield process

@@ -1,0 +1,248 @@
+"""The commands and their options. Parsing only; each command's work stands in its own module."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .. import __version__
+from ..control.address import parse_address, require_allowed
+from ..types import Field, Schema
+from .running import finish
+
+__all__ = ["app"]
+
+EXIT_CODES = (
+    "Exit codes: 0 all is well; 1 a transfer failed; 2 the command line or a file is not usable; "
+    "130 interrupted by Ctrl-C."
+)
+app = typer.Typer(
+    name="aiomm",
+    help="Move multimodal embeddings between processes.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class PlaneChoice(StrEnum):
+    """How bytes may move."""
+
+    AUTO = "auto"
+    SHM = "shm"
+    TCP = "tcp"
+
+
+class ControlChoice(StrEnum):
+    """How control frames may move."""
+
+    AUTO = "auto"
+    ZMQ = "zmq"
+    AIOZMQ = "aiozmq"
+
+
+class BindChoice(StrEnum):
+    """Which side listens."""
+
+    RECEIVER = "receiver"
+    SENDER = "sender"
+
+
+BindOption = Annotated[
+    str | None, typer.Option("--bind", metavar="ADDR", help="Listen here: tcp://HOST:PORT.")
+]
+ConnectOption = Annotated[
+    str | None, typer.Option("--connect", metavar="ADDR", help="Connect to the side that listens.")
+]
+FieldOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--field",
+        metavar="NAME=DTYPE[:DIMS]",
+        help="A field per token, such as embeddings=bfloat16:3584; once for each.",
+    ),
+]
+TimeoutOption = Annotated[
+    float, typer.Option(min=0.001, metavar="SECONDS", help="For each transfer, from its start.")
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Allow addresses that other hosts can reach.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"aiomm {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def aiomm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Move multimodal embeddings between processes."""
+
+
+@app.command(epilog=EXIT_CODES)
+def demo(
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens of each request.")] = 2000,
+    hidden: Annotated[int, typer.Option(min=1, help="Elements of one embedding.")] = 3584,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, help="Of them at a time.")] = 8,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 128,
+    default_blocks: Annotated[int, typer.Option(min=1, help="Reserved at first.")] = 8,
+    pool_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the pool.")] = 64,
+    plane: Annotated[PlaneChoice, typer.Option(help="How bytes move.")] = PlaneChoice.AUTO,
+    control: Annotated[
+        ControlChoice, typer.Option(help="How control frames move.")
+    ] = ControlChoice.AUTO,
+    bind: Annotated[BindChoice, typer.Option(help="Which side listens.")] = BindChoice.RECEIVER,
+    announce: Annotated[
+        bool, typer.Option("--announce", help="Tell the length in the claim.")
+    ] = False,
+    image: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Run a vision tower over this picture."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Move requests between a language and an encoder process, and compare every byte."""
+    from ..demo.messages import Options
+    from .demo import demonstrate
+
+    options = Options(
+        tokens=tokens,
+        hidden=hidden,
+        requests=requests,
+        concurrency=concurrency,
+        block_size=block_size,
+        default_blocks=default_blocks,
+        pool_blocks=pool_blocks,
+        plane=plane.value,
+        control=control.value,
+        bind=bind.value,
+        announce=announce,
+        image=None if image is None else str(image),
+    )
+    finish(demonstrate(options, as_json=as_json, console=console, errors=errors), errors=errors)
+
+
+@app.command(epilog=EXIT_CODES)
+def send(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.safetensors...", show_default=False)],
+    connect: ConnectOption = None,
+    bind: BindOption = None,
+    request_id: Annotated[
+        str | None, typer.Option(help="Of the one file; otherwise its name without the ending.")
+    ] = None,
+    field: FieldOption = None,
+    timeout: TimeoutOption = 300.0,
+    insecure: InsecureOption = False,
+) -> None:
+    """Send safetensors files, to `aiomm recv` or to any receiver.
+
+    A file travels whole. If the receiver at --connect has fields instead, the file's tensors
+    are sent as fields, with their first dimension as tokens; --field chooses which, and sends
+    them so at once.
+    """
+    from .sending import SendOptions, send_files
+
+    _check_addresses(bind, connect, insecure=insecure)
+    if request_id is not None and len(files) > 1:
+        raise typer.BadParameter("one id is for one file", param_hint="--request-id")
+    if request_id == "" or len(request_id or "") > 512 or (request_id or "").startswith("{"):
+        message = "1 to 512 characters, the first no {"
+        raise typer.BadParameter(message, param_hint="--request-id")
+    options = SendOptions(
+        connect=connect,
+        bind=bind,
+        request_id=request_id,
+        schema=_schema(field),
+        timeout=timeout,
+        insecure=insecure,
+    )
+    finish(send_files(files, options, errors=errors), errors=errors)
+
+
+@app.command(epilog=EXIT_CODES)
+def recv(
+    bind: BindOption = None,
+    connect: ConnectOption = None,
+    field: FieldOption = None,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, metavar="DIR", help="Where the files go.")
+    ] = Path(),
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Stop after so many transfers, failed ones included. Without it go on until "
+            "Ctrl-C, or with --connect until the sending command is through.",
+        ),
+    ] = None,
+    timeout: TimeoutOption = 300.0,
+    insecure: InsecureOption = False,
+) -> None:
+    """Receive files from `aiomm send`, or from any sender with --field.
+
+    Each becomes REQUEST-ID.safetensors, whole or not at all; a file of that name is replaced.
+    Characters that do not belong into a file name are percent-encoded. The path of every file
+    is printed on stdout, everything else on stderr.
+    """
+    from .receiving import ReceiveOptions, receive_files
+
+    _check_addresses(bind, connect, insecure=insecure)
+    options = ReceiveOptions(
+        bind=bind,
+        connect=connect,
+        schema=_schema(field),
+        out=out,
+        count=count,
+        timeout=timeout,
+        insecure=insecure,
+    )
+    finish(receive_files(options, console=console, errors=errors), errors=errors)
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor(as_json: JsonOption = False) -> None:
+    """Find out what this machine can do: planes, versions, limits, settings."""
+    from .doctor import diagnose
+
+    finish(diagnose(as_json=as_json, console=console), errors=errors)
+
+
+def _check_addresses(bind: str | None, connect: str | None, *, insecure: bool) -> None:
+    if (bind is None) == (connect is None):
+        raise typer.BadParameter("give one of them", param_hint="--bind / --connect")
+    name, address = ("--bind", bind) if connect is None else ("--connect", connect)
+    try:
+        require_allowed(parse_address(address or ""), insecure=insecure)
+    except ValueError as exc:
+        message = str(exc).replace("pass insecure=True", "give --insecure")
+        raise typer.BadParameter(message, param_hint=name) from exc
+
+
+def _schema(texts: list[str] | None) -> Schema | None:
+    from .files import field_from
+
+    fields: dict[str, Field] = {}
+    for text in texts or ():
+        try:
+            name, field = field_from(text)
+            if name in fields:
+                raise typer.BadParameter(f"{name!r} is given twice", param_hint="--field")
+            fields[name] = field
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc), param_hint="--field") from exc
+    return Schema(**fields) if fields else None
