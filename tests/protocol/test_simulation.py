@@ -13,7 +13,7 @@ from .planted_bugs import BUGS, Plant
 from .simulation import Simulation
 
 SEEDS = int(os.environ.get("AIOMM_SIMULATION_SEEDS", "1500"))
-SEEDS_TO_FIND_A_BUG = 600
+SEEDS_TO_FIND_A_BUG = 2000
 FIRST = int(os.environ.get("AIOMM_SIMULATION_FIRST", "0"))
 
 
