@@ -74,7 +74,6 @@ class Driver(Generic[_Endpoint]):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_pumping = False
         self._starting: asyncio.Task[None] | None = None
-        self._start_callbacks: list[Callable[[], None]] = []
         self.is_started = False
         self.is_closing = False
         self._is_finished = False
@@ -275,7 +274,10 @@ class Driver(Generic[_Endpoint]):
         try:
             while commands := self.endpoint.commands(self.now()):
                 for command in commands:
-                    self._carry_out(command)
+                    try:
+                        self._carry_out(command)
+                    except Exception:  # a bug in one command must not cost the others
+                        logger.exception("! %s could not carry out %s", self.name, command)
         finally:
             self._is_pumping = False
         self._arm_timer()
