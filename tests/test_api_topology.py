@@ -1,0 +1,323 @@
+"""Who listens, who connects, how many of each, on which loop, and over which plane."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from aiomm import PlaneUnavailable, Receiver, Rejected, Sender, Ticket
+from aiomm.planes.memory import MemoryPlane
+
+from .conftest import LoopFactory, loop_factories
+from .support import (
+    ANYWHERE,
+    SCHEMA,
+    SMALL_POOL,
+    assert_idle,
+    error_of,
+    frozen_imports,  # noqa: F401
+    granted,
+    logged,
+    pair,
+    same,
+    tensors_of,
+)
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.mark.both_loops
+async def test_many_senders_to_one_receiver() -> None:
+    """Eight senders, two requests each at once, into a pool of eight blocks."""
+    async with AsyncExitStack() as stack:
+        receiver = Receiver(SCHEMA, bind=ANYWHERE, **SMALL_POOL)
+        await stack.enter_async_context(receiver)
+        senders = [await stack.enter_async_context(Sender(SCHEMA)) for _ in range(8)]
+        sending = [
+            asyncio.ensure_future(
+                sender.send(receiver.expect(f"{i}-{j}"), tensors_of(40, seed=10 * i + j))
+            )
+            for i, sender in enumerate(senders)
+            for j in range(2)
+        ]
+        for i in range(8):
+            for j in range(2):
+                async with receiver.receive(f"{i}-{j}") as lease:
+                    assert same(dict(lease), tensors_of(40, seed=10 * i + j))
+        await asyncio.gather(*sending)
+        assert receiver.metrics()["peers"] == 8
+        for sender in senders:
+            assert_idle(receiver, sender)
+
+
+@pytest.mark.both_loops
+async def test_one_sender_to_many_receivers() -> None:
+    """Four receivers; one that is closed half way is no concern of the others."""
+    async with AsyncExitStack() as stack:
+        sender = await stack.enter_async_context(Sender(SCHEMA))
+        receivers = [
+            await stack.enter_async_context(Receiver(SCHEMA, bind=ANYWHERE, **SMALL_POOL))
+            for _ in range(4)
+        ]
+        claims = [await granted(sender.claim(each.expect("r"))) for each in receivers]
+        await receivers[0].aclose()
+        for seed, (receiver, claim) in enumerate(zip(receivers, claims, strict=True)):
+            claim.send(tensors_of(90, seed))
+            if seed:
+                async with receiver.receive("r") as lease:
+                    assert same(dict(lease), tensors_of(90, seed))
+                await claim
+        await error_of(claims[0])
+        assert_idle(receivers[3], sender)
+
+
+@pytest.mark.both_loops
+async def test_many_first_contacts_at_once_make_one_link() -> None:
+    """Twenty calls before the first packet has travelled, by ticket and by address."""
+    async with pair(blocks=32) as (receiver, sender):
+        address = receiver.address
+        calls = [sender.send(receiver.expect(f"t{i}"), tensors_of(i)) for i in range(10)]
+        calls += [sender.send(f"a{i}", tensors_of(i), to=address) for i in range(10)]
+        await asyncio.gather(*calls)
+        assert len(receiver._driver.endpoint.sessions) == 1
+        assert len(sender._driver.endpoint.sessions) == 1
+        for i in range(10):
+            for name in "ta":
+                (await receiver.receive(f"{name}{i}")).release()
+        assert_idle(receiver, sender)
+
+
+# The encoder listens.
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("first", ["sender", "receiver"])
+async def test_the_receiver_asks_a_sender_that_listens(first: str) -> None:
+    """`receive(id, source=address)`, with the tensors there before or after."""
+    async with (
+        Sender(SCHEMA, bind=ANYWHERE) as sender,
+        Receiver(SCHEMA, **SMALL_POOL) as receiver,
+    ):
+        assert sender.address is not None
+        receiving = asyncio.ensure_future(wait_for(receiver, "r", source=sender.address))
+        if first == "receiver":
+            await until_wanted(sender)
+        sending = asyncio.ensure_future(sender.send("r", tensors_of(70)))
+        with await receiving as lease:
+            assert same(dict(lease), tensors_of(70))
+        await sending
+        assert_idle(receiver, sender)
+
+
+async def wait_for(receiver: Receiver, request_id: str, **arguments: Any) -> Any:
+    return await receiver.receive(request_id, **arguments)
+
+
+async def until_wanted(sender: Sender) -> None:
+    """Return when a receiver's question has arrived."""
+    arrived = asyncio.Event()
+    execute = sender._driver.packet_received
+
+    def received(*arguments: Any) -> None:
+        execute(*arguments)
+        if sender._driver.endpoint._wanted:
+            arrived.set()
+
+    vars(sender._driver)["packet_received"] = received
+    await arrived.wait()
+    del vars(sender._driver)["packet_received"]
+
+
+@pytest.mark.both_loops
+async def test_a_receiver_that_connects_takes_what_has_no_other_destination() -> None:
+    """`Receiver(connect=address)`: bare sends go there, before and after it has connected."""
+    async with Sender(SCHEMA, bind=ANYWHERE) as sender:
+        assert sender.address is not None
+        early = asyncio.ensure_future(sender.send("early", tensors_of(10)))
+        await asyncio.sleep(0)
+        async with Receiver(SCHEMA, connect=sender.address, **SMALL_POOL) as receiver:
+            assert receiver.address is None
+            await early
+            await sender.send("late", tensors_of(20))
+            arrivals = aiter(receiver)
+            for request_id in ("early", "late"):
+                lease = await anext(arrivals)
+                assert lease.request_id == request_id
+                lease.release()
+            assert_idle(receiver, sender)
+
+
+@pytest.mark.parametrize("entered", [True, False])
+async def test_tickets_of_a_receiver_that_connects(entered: bool) -> None:
+    """Its tickets have no address: the sender finds it by its life, claimed early or late."""
+    async with Sender(SCHEMA, bind=ANYWHERE) as sender:
+        assert sender.address is not None
+        receiver = Receiver(SCHEMA, connect=[sender.address], **SMALL_POOL)
+        if entered:
+            await receiver.start()
+        ticket = receiver.expect("r")
+        assert ticket.address == ""
+        await sender.send(ticket.to_json(), tensors_of(60))
+        async with receiver.receive("r") as lease:
+            assert same(dict(lease), tensors_of(60))
+        await receiver.aclose()
+
+
+async def test_a_receiver_that_connects_finds_the_next_life_of_a_sender() -> None:
+    """The encoder is started again at its address; nobody has to tell the receiver."""
+    async with Sender(SCHEMA, bind=ANYWHERE) as first:
+        address = first.address
+        assert address is not None
+        receiver = Receiver(SCHEMA, connect=address, **SMALL_POOL)
+        await receiver.start()
+        await first.send("first", tensors_of(1))
+    async with Sender(SCHEMA, bind=address) as second:
+        await second.send("second", tensors_of(2))
+    (await receiver.receive("first")).release()
+    (await receiver.receive("second")).release()
+    await receiver.aclose()
+
+
+# Starting.
+
+
+@pytest.mark.parametrize("name", loop_factories())
+def test_endpoints_that_are_never_entered(name: str) -> None:
+    """First use starts them, on whatever loop runs; closing them is optional but polite."""
+
+    async def main() -> None:
+        receiver, sender = Receiver(SCHEMA, bind=ANYWHERE, **SMALL_POOL), Sender(SCHEMA)
+        with pytest.raises(Rejected, match="a port of your choice"):
+            receiver.expect("r")  # nobody knows the port yet
+        await receiver.start()
+        transfer = sender.claim(receiver.expect("r"))
+        transfer.send(tensors_of(50))
+        async with receiver.receive("r") as lease:
+            assert lease.num_tokens == 50
+        await transfer
+        await asyncio.gather(receiver.aclose(), sender.aclose())
+
+    run(loop_factories()[name], main())
+
+
+def run(factory: LoopFactory, main: Any) -> None:
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main)
+
+
+def test_asyncio_run_and_uvloop_run() -> None:
+    """The two usual ways to run a program, one after the other in one process."""
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> None:
+        async with pair() as (receiver, sender):
+            await sender.send(receiver.expect("r"), tensors_of(50))
+            (await receiver.receive("r")).release()
+
+    asyncio.run(main())
+    uvloop.run(main())
+
+
+async def test_a_ticket_before_the_start_with_a_chosen_port(unused_tcp_port: int) -> None:
+    """With the port named, `expect` gives a ticket before anything is bound."""
+    receiver = Receiver(SCHEMA, bind=f"tcp://127.0.0.1:{unused_tcp_port}", **SMALL_POOL)
+    ticket = receiver.expect("r")
+    assert ticket.address == receiver.address == f"tcp://127.0.0.1:{unused_tcp_port}"
+    async with Sender(SCHEMA) as sender:
+        await sender.send(ticket, tensors_of(2))
+    (await receiver.receive("r")).release()
+    await receiver.aclose()
+
+
+@pytest.mark.parametrize("port", ["0", "*"])
+async def test_any_port(port: str) -> None:
+    """`address` tells the real port, on either side."""
+    bind = f"tcp://127.0.0.1:{port}"
+    async with (
+        Receiver(SCHEMA, bind=bind, **SMALL_POOL) as receiver,
+        Sender(SCHEMA, bind=bind) as sender,
+    ):
+        for address in (receiver.address, sender.address):
+            assert address is not None
+            assert int(address.rpartition(":")[2]) > 0
+
+
+async def test_an_ipc_address(tmp_path: Any) -> None:
+    """A path instead of a port."""
+    bind = f"ipc://{tmp_path}/control"
+    async with pair(bind=bind) as (receiver, sender):
+        ticket = receiver.expect("r")
+        assert Ticket.from_json(ticket.to_json()).address == bind
+        await sender.send(ticket, tensors_of(2))
+        (await receiver.receive("r")).release()
+
+
+async def test_an_address_that_is_taken() -> None:
+    """The start raises OSError, and leaves nothing behind; what waits for it is told."""
+    async with Receiver(SCHEMA, bind=ANYWHERE, **SMALL_POOL) as receiver:
+        second = Receiver(SCHEMA, bind=receiver.address, **SMALL_POOL)
+        with pytest.raises(OSError, match="in use"):
+            await second.start()
+        with pytest.raises(OSError, match="in use"):
+            await second.receive("r")
+        await second.aclose()
+        sender = Sender(SCHEMA, bind=receiver.address)
+        error = await error_of(sender.send("r", tensors_of(1), to=receiver.address))
+        assert "in use" in error.message
+        await sender.aclose()
+
+
+# Planes.
+
+
+async def test_the_first_plane_that_works_is_taken_and_the_reasons_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`memory` is preferred but the receiver lacks it: shm it is, and stats and log say why."""
+    caplog.set_level(logging.INFO, "aiomm")
+    sender = {"planes": [MemoryPlane(), "shm"], "name": "encoder"}
+    async with pair(planes=["shm", "tcp"], sender=sender) as (receiver, encoder):
+        stats = await encoder.send(receiver.expect("r"), tensors_of(40))
+        assert stats.plane == "shm"
+        assert stats.refused_planes == ("memory: the receiver does not have it",)
+        async with receiver.receive("r") as lease:
+            assert lease.stats.plane == "shm"
+    assert logged(caplog.text, "plane shm", "memory: the receiver does not have it")
+
+
+@pytest.mark.parametrize("strict", ["sender", "both"])
+async def test_strict_never_falls_back(strict: str) -> None:
+    """With `strict` the first plane or an error, which names plane and reason, on both sides."""
+    sender: dict[str, Any] = {"planes": ["memory", "tcp"], "strict": True}
+    async with pair(planes=["tcp"], strict=strict == "both", sender=sender) as (receiver, encoder):
+        transfer = encoder.claim(receiver.expect("r")).send(tensors_of(40))
+        receiving = asyncio.ensure_future(wait_for(receiver, "r"))
+        for error in [await error_of(transfer), await error_of(receiving)]:
+            assert isinstance(error, PlaneUnavailable)
+            assert "the plane asked for does not reach" in error.message
+            assert "memory: the receiver does not have it" in error.message
+        assert_idle(receiver, encoder)
+
+
+@pytest.mark.parametrize("endpoint", [Receiver, Sender])
+def test_a_plane_that_does_not_exist(endpoint: Any) -> None:
+    """The constructor names the planes that there are."""
+    with pytest.raises(PlaneUnavailable, match=r"no plane 'carrier'; known are .*shm.*tcp"):
+        endpoint(SCHEMA, planes="carrier")
+
+
+async def test_the_log_tells_the_life_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
+    """`grep -E "resume|block_indices|start_offset"` finds every grant, with its numbers."""
+    caplog.set_level(logging.INFO, "aiomm")
+    async with pair() as (receiver, sender):
+        transfer = await granted(sender.claim(receiver.expect("the-request")))
+        transfer.send(tensors_of(60))
+        (await receiver.receive("the-request")).release()
+    first = "block_indices=[0, 1] start_offset=0 tokens=32"
+    assert logged(caplog.text, "> grant the-request#1:", first)
+    rest = "block_indices=[2, 3] start_offset=32 tokens=28"
+    assert logged(caplog.text, "> resume the-request#1:", rest)
