@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,22 @@ def test_generated_regions_are_current() -> None:
 
 def test_the_diagram_of_the_readme_is_the_table_of_states() -> None:
     assert f"```mermaid\n{to_mermaid()}\n```" in README
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["demo", "recv", "send", "doctor"])
+def test_options_of_the_command_line_exist(command: str) -> None:
+    """What README tells of a command is in its help."""
+    told = {
+        option
+        for line in README.splitlines()
+        if f"aiomm {command}" in line
+        for option in re.findall(r"--[a-z-]+", line)
+    }
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    arguments = [sys.executable, "-m", "aiomm", command, "--help"]
+    output = subprocess.run(arguments, env=environment, capture_output=True, check=True, text=True)
+    assert told <= set(re.findall(r"--[a-z-]+", output.stdout))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
