@@ -247,8 +247,8 @@ class Session:
         """The frames that were never sent; all of them again if the peer has not answered."""
         if self._resend_at is not None and self._resend_at <= now:
             fresh = list(self._unacknowledged)
-            self._resend_at = now + self._resend_after
             self._resend_after = min(2 * self._resend_after, self._timing.resend_last)
+            self._resend_at = now + self._resend_after
         else:
             first = len(self._unacknowledged) - self._unsent
             fresh = [self._unacknowledged[index] for index in range(first, first + self._unsent)]

@@ -34,6 +34,11 @@ def written(sequence: int, start: int, count: int, total: int | None) -> do.Send
     return do.SendFrame(frames.Written(TRANSFER, sequence, start, count, total))
 
 
+def is_settled(transfer: SendTransfer) -> bool:
+    """Tell whether nothing of it can land any more."""
+    return transfer.is_settled
+
+
 class TestSender:
     """The sender's half, by itself."""
 
@@ -167,9 +172,9 @@ class TestSender:
             do.SendFrame(frames.Abort(TRANSFER, *FAILURE, drained=False)),
             do.Fail(1, FAILURE),
         ]
-        assert not transfer.is_settled
+        assert not is_settled(transfer)
         assert transfer.handle(WriteFinished(), 3.0) == [do.SendFrame(frames.AbortAck(TRANSFER))]
-        assert transfer.is_settled
+        assert is_settled(transfer)
         assert transfer.failure == FAILURE
 
     @pytest.mark.parametrize("granted", [False, True])
@@ -204,7 +209,7 @@ class TestSender:
         ]
         assert not transfer.is_settled
         assert transfer.handle(events.Drained(), 3.0) == [do.SendFrame(frames.AbortAck(TRANSFER))]
-        assert transfer.is_settled
+        assert is_settled(transfer)
 
     @pytest.mark.parametrize(
         "grant",

@@ -1,0 +1,316 @@
+"""The session between two lives: each frame once and in order, whatever the channel does."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from aiomm.errors import Reason
+from aiomm.protocol import frames
+from aiomm.protocol.frames import Frame, Hello, Packet, decode, specs_of
+from aiomm.protocol.session import MAX_EARLY_FRAMES, Contact, Path, Session, Timing
+
+from .world import SCHEMA
+
+TIMING = Timing()
+HELLO = Hello("sender", "here", specs_of(SCHEMA))
+SLOW, FAST = Path(0, "zeromq", "peer"), Path(1, "unix", "peer")
+
+
+def session(now: float = 0.0, *, local: int = 1, peer: int = 2) -> Session:
+    """Return one end of a new session."""
+    return Session(
+        local, HELLO, peer_epoch=peer, peer_hello=HELLO, path=SLOW, now=now, timing=TIMING
+    )
+
+
+def redeem(number: int) -> Frame:
+    """Return a frame that can be told apart."""
+    return frames.Redeem("request", b"", number, 1.0)
+
+
+def out(end: Session, now: float) -> list[Packet]:
+    """Return the packets that have to go out now."""
+    return [decode(each) for each in end.packets(now)]
+
+
+def frame(sequence: int, acknowledged: int = 0) -> Packet:
+    """Return a packet of the peer's with a frame that matters."""
+    return Packet(1, 2, 1, sequence, acknowledged, redeem(sequence))
+
+
+def ack(acknowledged: int) -> Packet:
+    """Return an acknowledgement of the peer's."""
+    return Packet(1, 2, 1, 0, acknowledged, frames.Ack())
+
+
+def numbers(received: list[Frame]) -> list[int]:
+    """Return which frames these are."""
+    return [each.redemption for each in received if isinstance(each, frames.Redeem)]
+
+
+def sequences(packets: list[Packet]) -> list[int]:
+    """Return the places of packets in the order of the link."""
+    return [packet.sequence for packet in packets]
+
+
+class TestSending:
+    """What goes out, and when again."""
+
+    def test_frames_are_numbered_and_go_out_once(self) -> None:
+        """Each with both epochs; nothing more until an answer is due."""
+        end = session()
+        end.send(redeem(1))
+        end.send(redeem(2))
+        packets = out(end, 0.0)
+        assert sequences(packets) == [1, 2]
+        assert {(each.source_epoch, each.target_epoch) for each in packets} == {(1, 2)}
+        assert out(end, 0.1) == []
+
+    def test_unanswered_frames_are_sent_again_with_back_off(self) -> None:
+        """After 0.2 s, then each time twice as long, up to 2 s; all of them, oldest first."""
+        end = session()
+        end.send(redeem(1))
+        out(end, 0.0)
+        times: list[float] = []
+        while len(times) < 6:
+            now = end.next_deadline() or 0.0
+            times += [now for each in out(end, now) if each.sequence == 1]
+        assert times == pytest.approx([0.2, 0.6, 1.4, 3.0, 5.0, 7.0])
+
+    def test_new_frames_do_not_wait_for_old_ones(self) -> None:
+        """What is new goes out at once, alone; the old ones wait for their time."""
+        end = session()
+        end.send(redeem(1))
+        out(end, 0.0)
+        end.send(redeem(2))
+        assert sequences(out(end, 0.1)) == [2]
+        end.send(redeem(3))
+        assert sequences(out(end, 0.2)) == [1, 2, 3]
+
+    def test_an_acknowledgement_ends_it(self) -> None:
+        """All up to that place are settled; the rest waits afresh, from the first delay on."""
+        end = session()
+        for number in (1, 2, 3):
+            end.send(redeem(number))
+        out(end, 0.0)
+        out(end, 0.2)
+        end.receive(ack(2), 0.3)
+        assert end.next_deadline() == pytest.approx(0.5)
+        assert sequences(out(end, 0.5)) == [3]
+        end.receive(ack(3), 0.6)
+        assert end.next_deadline() is None
+        assert out(end, 100.0) == []
+
+    def test_an_acknowledgement_of_what_was_never_sent_settles_nothing(self) -> None:
+        """A peer cannot acknowledge in advance."""
+        end = session()
+        end.send(redeem(1))
+        end.receive(ack(99), 0.0)
+        assert sequences(out(end, 0.0)) == [1]
+
+    def test_a_goodbye_comes_last(self) -> None:
+        """Behind the frames that are still queued, so that they are heard before it."""
+        end = session()
+        end.say(frames.Goodbye(Reason.CLOSED, "bye"))
+        end.send(redeem(1))
+        assert [type(each.frame) for each in out(end, 0.0)] == [frames.Redeem, frames.Goodbye]
+
+    def test_the_greeting_carries_the_hello(self) -> None:
+        """Addressed to the peer, whom it answers."""
+        packet = decode(session().greeting())
+        assert (packet.target_epoch, packet.frame) == (2, HELLO)
+
+
+class TestReceiving:
+    """What comes in, and what of it is handed up."""
+
+    def test_in_order_and_once(self) -> None:
+        """Early frames wait for those before them; repeated ones change nothing."""
+        end = session()
+        assert numbers(end.receive(frame(2), 0.0)) == []
+        assert numbers(end.receive(frame(3), 0.0)) == []
+        assert numbers(end.receive(frame(2), 0.0)) == []
+        assert numbers(end.receive(frame(1), 0.0)) == [1, 2, 3]
+        assert numbers(end.receive(frame(1), 0.0)) == []
+        assert end.ignored == 2
+
+    def test_frames_far_too_early_are_not_kept(self) -> None:
+        """Memory is bounded; they will be sent again."""
+        end = session()
+        assert end.receive(frame(MAX_EARLY_FRAMES + 1), 0.0) == []
+        assert end.ignored == 1
+        assert end.receive(frame(MAX_EARLY_FRAMES), 0.0) == []
+        assert end.ignored == 1
+
+    def test_acknowledgements_ride(self) -> None:
+        """On whatever goes out; alone only when nothing does for 25 ms."""
+        end = session()
+        end.receive(frame(1), 0.0)
+        assert end.next_deadline() == pytest.approx(0.025)
+        end.send(redeem(1))
+        assert [each.acknowledged for each in out(end, 0.01)] == [1]
+        assert out(end, 0.03) == []
+        end.receive(frame(2), 0.1)
+        assert out(end, 0.11) == []
+        (alone,) = out(end, 0.125)
+        assert (type(alone.frame), alone.acknowledged) == (frames.Ack, 2)
+
+    def test_repeated_frames_are_acknowledged_again(self) -> None:
+        """Or their sender would never stop."""
+        end = session()
+        end.receive(frame(1), 0.0)
+        out(end, 1.0)
+        end.receive(frame(1), 2.0)
+        assert [each.acknowledged for each in out(end, 2.1)] == [1]
+
+    def test_pings_are_answered(self) -> None:
+        """At once; an answer needs no answer."""
+        end = session()
+        assert end.receive(Packet(1, 2, 1, 0, 0, frames.Ping()), 0.0) == []
+        assert [type(each.frame) for each in out(end, 0.0)] == [frames.Pong]
+        assert end.receive(Packet(1, 2, 1, 0, 0, frames.Pong()), 0.0) == []
+        assert out(end, 0.0) == []
+
+    def test_only_a_goodbye_needs_no_number(self) -> None:
+        """Any other frame without a place in the order could be a repetition."""
+        end = session()
+        goodbye = frames.Goodbye(Reason.CLOSED, "bye")
+        assert end.receive(Packet(1, 2, 1, 0, 0, goodbye), 0.0) == [goodbye]
+        assert end.receive(Packet(1, 2, 1, 0, 0, redeem(1)), 0.0) == []
+        assert end.ignored == 1
+
+
+class TestSilence:
+    """Signs of life."""
+
+    def test_nobody_waits_nobody_asks(self) -> None:
+        """An idle session sends nothing, and its peer is never lost."""
+        end = session()
+        assert end.next_deadline() is None
+        assert out(end, 1000.0) == []
+        assert not end.is_silent(1000.0)
+
+    def test_a_busy_session_asks_and_then_gives_up(self) -> None:
+        """A Ping each second; after 15 s of silence the peer counts as lost."""
+        end = session()
+        end.begin_waiting(100.0)
+        pings = []
+        while not end.is_silent(now := end.next_deadline() or 0.0):
+            pings += [now for each in out(end, now) if isinstance(each.frame, frames.Ping)]
+        assert pings == [float(at) for at in range(101, 115)]
+        assert now == 115.0
+        end.is_lost = True
+        assert end.next_deadline() is None
+        assert out(end, 116.0) == []
+
+    def test_any_packet_is_a_sign_of_life(self) -> None:
+        """And a lost peer that speaks is lost no more."""
+        end = session()
+        end.begin_waiting(0.0)
+        end.is_lost = True
+        end.receive(ack(0), 14.0)
+        assert not end.is_lost
+        assert not end.is_silent(28.9)
+        assert end.is_silent(29.0)
+
+    def test_silence_counts_from_when_somebody_waits(self) -> None:
+        """Not from the last packet before a long pause."""
+        end = session()
+        end.begin_waiting(1000.0)
+        assert not end.is_silent(1014.0)
+        end.begin_waiting(1010.0)
+        assert end.is_silent(1015.0)
+
+    def test_an_unanswered_frame_is_waiting_too(self) -> None:
+        """From when it was sent, also after a long pause."""
+        end = session()
+        end.send(redeem(1))
+        out(end, 1000.0)
+        assert not end.is_silent(1014.0)
+        assert end.is_silent(1015.0)
+
+    def test_a_lost_peer_is_given_the_same_time_again(self) -> None:
+        """When somebody begins to wait for it once more."""
+        end = session()
+        end.begin_waiting(0.0)
+        assert end.is_silent(15.0)
+        end.is_lost = True
+        assert not end.is_silent(16.0)
+        end.begin_waiting(20.0)
+        assert not end.is_silent(34.0)
+        assert end.is_silent(35.0)
+
+
+class TestPaths:
+    """Several ways to one peer."""
+
+    def test_the_best_path_is_used(self) -> None:
+        """Whatever came first; the same one twice is one."""
+        end = session()
+        end.add_path(FAST)
+        end.add_path(FAST)
+        assert end.paths == [FAST, SLOW]
+
+    def test_the_change_is_announced(self) -> None:
+        """By an empty packet that shows the peer where to answer."""
+        end = session()
+        end.announce_path()
+        assert [type(each.frame) for each in out(end, 0.0)] == [frames.Ack]
+
+
+def test_a_first_contact_is_repeated_with_back_off() -> None:
+    """A Hello to nobody in particular, until a session stands."""
+    contact = Contact(1, HELLO, 5.0, TIMING)
+    times = []
+    for _ in range(6):
+        now = contact.next_deadline()
+        (packet,) = map(decode, contact.packets(now))
+        assert (packet.source_epoch, packet.target_epoch, packet.frame) == (1, 0, HELLO)
+        assert contact.packets(now) == []
+        times.append(now - 5.0)
+    assert times == pytest.approx([0.0, 0.2, 0.6, 1.4, 3.0, 5.0])
+
+
+@dataclass
+class LossyLink:
+    """Two ends over a channel that loses, repeats and reorders, in virtual time."""
+
+    seed: int
+    received: dict[int, list[int]] = field(default_factory=lambda: {1: [], 2: []})
+
+    def run(self, num_frames: int) -> float:
+        """Send frames both ways until all have arrived; return the time it took."""
+        chance = random.Random(self.seed)
+        ends = {1: session(local=1, peer=2), 2: session(local=2, peer=1)}
+        flying: list[tuple[float, int, bytes]] = []
+        sent = {1: 0, 2: 0}
+        now = 0.0
+        while min(map(len, self.received.values())) < num_frames or flying:
+            now += 0.01
+            assert now < 600, "frames never arrived"
+            for local, end in ends.items():
+                if sent[local] < num_frames and chance.random() < 0.2:
+                    sent[local] += 1
+                    end.send(redeem(sent[local]))
+                for encoded in end.packets(now):
+                    copies = chance.choice([0, 0, 1, 1, 1, 2])
+                    flying += [
+                        (now + chance.random() ** 2, 3 - local, encoded) for _ in range(copies)
+                    ]
+            landed = [each for each in flying if each[0] <= now]
+            flying = [each for each in flying if each[0] > now]
+            chance.shuffle(landed)
+            for _, target, encoded in landed:
+                self.received[target] += numbers(ends[target].receive(decode(encoded), now))
+        return now
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_frame_arrives_once_and_in_order(seed: int) -> None:
+    """With a third of the packets lost and as many repeated, in any order."""
+    link = LossyLink(seed)
+    link.run(60)
+    assert link.received == {1: list(range(1, 61)), 2: list(range(1, 61))}
