@@ -34,7 +34,7 @@ class FileExport(Export):
         self._directory = TemporaryDirectory(prefix="aiomm-")  # mode 0700
 
     def offer(self, peer: int) -> bytes:
-        """Return the path of the link of the sender with epoch `peer`."""
+        """Return the path that this sender, and no other, is to open."""
         link = self._link(peer)
         if not link.is_symlink():
             link.symlink_to(self._memory)
