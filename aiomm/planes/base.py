@@ -30,7 +30,7 @@ class GrantKey(NamedTuple):
     """Names one grant: whose, which transfer of theirs, which chunk of it."""
 
     peer: int
-    """Epoch of the sender that was granted the extents."""
+    """The receiver's number for its link with the sender that was granted the extents."""
     generation: int
     sequence: int
 
@@ -55,7 +55,7 @@ class Export(ABC):
 
     @abstractmethod
     def offer(self, peer: int) -> bytes:
-        """Return what the sender with epoch `peer` needs to attach, at most 1024 bytes.
+        """Return what the sender on link `peer` needs to attach, at most 1024 bytes.
 
         The offer may hold a secret of this peer's own; it travels in the Hello only.
         """
@@ -75,7 +75,7 @@ class Export(ABC):
         return False
 
     def forget(self, peer: int) -> None:  # noqa: B027
-        """Drop what is kept for the sender with epoch `peer`; it is gone for good."""
+        """Drop what is kept for the sender on link `peer`; it is gone for good."""
 
     @abstractmethod
     async def aclose(self) -> None:
