@@ -58,6 +58,7 @@ class Receiving(Process):
         blocks: int,
         max_waiting: int = 1000,
         max_peers: int = 64,
+        max_requests: int = 4096,
         revokes: bool = False,
         holds_leases_for: float = 0.0,
         is_forgetful: bool = False,
@@ -90,6 +91,7 @@ class Receiving(Process):
             default_timeout=60.0,
             timing=TIMING,
             max_peers=max_peers,
+            max_requests=max_requests,
             max_tokens=1000,
         )
 

@@ -18,7 +18,15 @@ class Sending(Process):
 
     endpoint: SendEndpoint
 
-    def __init__(self, world: World, address: str, *, schema: Schema = SCHEMA) -> None:
+    def __init__(
+        self,
+        world: World,
+        address: str,
+        *,
+        schema: Schema = SCHEMA,
+        max_peers: int = 64,
+        max_waiting: int = 1000,
+    ) -> None:
         super().__init__(world, address)
         self.opened: dict[int, SendTransfer] = {}
         self.totals: dict[int, int] = {}
@@ -27,8 +35,14 @@ class Sending(Process):
         """Tokens of each offer."""
         self._writing: set[int] = set()
         """Generations with a running write. Never two at once."""
+        self.probed: list[do.ProbeResult] = []
         self.endpoint = SendEndpoint(
-            self.epoch, schema, Hello("sender", address, specs_of(schema)), timing=TIMING
+            self.epoch,
+            schema,
+            Hello("sender", address, specs_of(schema)),
+            timing=TIMING,
+            max_peers=max_peers,
+            max_waiting=max_waiting,
         )
 
     def execute(self, command: do.Command) -> None:
@@ -45,7 +59,9 @@ class Sending(Process):
                 self.end(generation, failure)
             case do.Serve(transfer):
                 self.totals[transfer.generation] = self.offered[transfer.request_id]
-            case do.ProbeResult() | do.Tell():
+            case do.ProbeResult():
+                self.probed.append(command)
+            case do.Tell():
                 pass
             case _:
                 raise Violation(f"not a sender's command: {command}")

@@ -126,6 +126,8 @@ class Process:
         self.was_paused = False
         self.outcomes: dict[int, Failure | None] = {}
         """By number or generation: None is success. One outcome each."""
+        self.greeted: list[int] = []
+        self.parted: list[do.Part] = []
         self.ended_at: dict[int, float] = {}
         self._timer_at: float | None = None
         self._progress: dict[int, int] = {}
@@ -182,8 +184,10 @@ class Process:
         match command:
             case do.Transmit(Path(_, _, str() as address), packet):
                 self.world.send(self.address, address, packet)
-            case do.Greet() | do.Part():
-                pass
+            case do.Greet(peer, _):
+                self.greeted.append(peer)
+            case do.Part():
+                self.parted.append(command)
             case _:
                 self.execute(command)
 
