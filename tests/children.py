@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -111,7 +112,8 @@ class StoppingRows(TokenRows):
         rows.copy_into(target[:middle], first, half)
         if first + count == self.stop:
             report("halfway")
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread: else it might go on while another one takes the signal.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         rows.copy_into(target[middle:], first + half, count - half)
 
 
@@ -122,6 +124,8 @@ def pattern_rows(rows: TokenRows) -> TokenRows:
 
 class Actor:
     """What both kinds of child can be told."""
+
+    endpoint: aiomm.Sender | aiomm.Receiver
 
     def __init__(self) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
@@ -149,6 +153,10 @@ class Actor:
         time.sleep(seconds)
         report("unblocked")
 
+    def do_where(self) -> None:
+        """Report where the endpoint listens."""
+        report("address", address=self.endpoint.address)
+
     def do_fork(self) -> None:
         """Leave a child of ours behind that lives until the test kills it."""
         child = os.fork()
@@ -164,6 +172,8 @@ class Actor:
 
 class SenderActor(Actor):
     """A sender that does what it is told."""
+
+    endpoint: aiomm.Sender
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
@@ -225,20 +235,33 @@ class SenderActor(Actor):
 class ReceiverActor(Actor):
     """A receiver that does what it is told."""
 
+    endpoint: aiomm.Receiver
+
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
+        sys.modules["torch"] = None  # type: ignore[assignment]  # numpy is there much sooner
         self.endpoint = aiomm.Receiver(SCHEMA, **settings)
 
-    def do_expect(self, request_id: str, timeout: float = 60) -> None:
+    def do_expect(self, request_id: str, timeout: float = 60, is_dropped: bool = False) -> None:
         """Expect and receive; report the ticket, and later the end."""
         ticket = self.endpoint.expect(request_id, timeout=timeout)
         report("ticket", ticket=ticket.to_json())
-        self.background(request_id, self.endpoint.receive(request_id))
+        if is_dropped:
+            task = asyncio.ensure_future(self.receive_and_drop(request_id))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        else:
+            self.background(request_id, self.endpoint.receive(request_id))
+
+    async def receive_and_drop(self, request_id: str) -> None:
+        """Receive, and never release."""
+        await self.endpoint.receive(request_id)
+        report("dropped")
 
     def result(self, request_id: str, result: Any) -> dict[str, Any]:
         """Return what has arrived, and let go of it."""
         with result:
-            received = {name: bytes(result[name].numpy()) for name in result}
+            received = {name: result[name].tobytes() for name in result}
         seed = int.from_bytes(received["ids"][:4], "little") // 1_000_000
         is_right = received == pattern(seed, result.num_tokens)
         return {"num_tokens": result.num_tokens, "is_right": is_right, "error": None}

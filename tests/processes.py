@@ -7,6 +7,7 @@ Nothing here waits by sleeping: reports and the child's end come as events of th
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import aiomm
 from aiomm.buffers.arrays import load_array_library
+from tests.conftest import open_descriptors, resources
 
 __all__ = [
     "DEADLINE",
@@ -27,6 +29,7 @@ __all__ = [
     "bytes_of",
     "child",
     "failed",
+    "nothing_new",
     "num_blocks",
     "pattern",
     "received",
@@ -34,7 +37,7 @@ __all__ = [
     "until",
 ]
 
-DEADLINE = 25.0
+DEADLINE = 15.0
 """Seconds after which a wait of these tests has failed; generous, since machines are busy."""
 
 SCHEMA = aiomm.Schema(embeddings=aiomm.Field("uint8", 1024), ids=aiomm.Field("int32"))
@@ -237,6 +240,20 @@ async def failed(receiver: aiomm.Receiver, request_id: str) -> tuple[aiomm.Aiomm
 def num_blocks(receiver: aiomm.Receiver, state: str) -> int:
     """Return how many blocks are in that state."""
     return receiver.metrics()[f"blocks_{state}"]
+
+
+def nothing_new(before: dict[str, set[str]]) -> Callable[[], bool]:
+    """Return a condition: no descriptor, thread or file that was not there `before`."""
+
+    def holds() -> bool:
+        now = {f"{number} -> {target}" for number, target in open_descriptors().items()}
+        if now - before["descriptors"]:
+            return False
+        after = resources()  # slow: it collects garbage
+        return not any(after[name] - before[name] for name in after)
+
+    gc.collect()
+    return holds
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:

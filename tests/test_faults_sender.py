@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from tests.processes import (
     Child,
     child,
     failed,
+    nothing_new,
     num_blocks,
     pattern,
     received,
@@ -53,16 +53,6 @@ async def kill_in_the_middle(receiver: aiomm.Receiver, sender: Child, fault: str
     assert isinstance(error, aiomm.PeerLost)
     assert error.story
     return failed_at - at
-
-
-def nothing_new(before: dict[str, set[str]]) -> Callable[[], bool]:
-    """Return a condition: no descriptor, thread or file that was not there `before`."""
-
-    def holds() -> bool:
-        after = resources()
-        return not any(after[name] - before[name] for name in after)
-
-    return holds
 
 
 def maps_an_arena(pid: int) -> bool:

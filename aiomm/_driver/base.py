@@ -151,8 +151,9 @@ class Driver(Generic[_Endpoint]):
                     await self.drain()
             except TimeoutError:
                 logger.warning("! %s closes with writes that have not drained", self.name)
-            self.endpoint.say_goodbye(Failure(Reason.CLOSED, f"{self.name} was closed"))
-            self.pump()
+            if self.has_drained():  # else a goodbye would have the peer give the blocks to others
+                self.endpoint.say_goodbye(Failure(Reason.CLOSED, f"{self.name} was closed"))
+                self.pump()
         self._is_finished = True
         self._stop_timer()
         await self._close_channels()
@@ -183,6 +184,10 @@ class Driver(Generic[_Endpoint]):
     @abstractmethod
     async def drain(self) -> None:
         """Return when no write runs or can land any more."""
+
+    @abstractmethod
+    def has_drained(self) -> bool:
+        """Whether none of *this* side's writes can land any more."""
 
     @abstractmethod
     def execute(self, command: Command) -> None:
@@ -300,9 +305,10 @@ class Driver(Generic[_Endpoint]):
                 if hello.role == "receiver" and hello.stream and self.stream is not None:
                     self._upgrade(peer, hello.stream, self.stream)
                 self.execute(command)
-            case Part(_, failure, proven):
+            case Part(peer, failure, proven):
                 logger.debug("x %s parts: %s (proven: %s)", self.name, failure.message, proven)
                 if proven:
+                    self._leave_streams(peer)
                     self.parted(command)
             case _:
                 self.execute(command)
@@ -314,8 +320,17 @@ class Driver(Generic[_Endpoint]):
         except ValueError as exc:
             logger.debug("! %s cannot use %s: %s", self.name, address, exc)
             return
+        # Known before anything comes from there: a stream of low rank is only ever listened to.
+        self._lives[self._path(stream, there)] = peer
         ping = Packet(PROTOCOL_VERSION, self.endpoint.epoch, peer, 0, 0, Ping())
         stream.send(there, encode(ping))
+
+    def _leave_streams(self, life: int) -> None:
+        """Watch the process of a life that is over no longer."""
+        for path in [path for path, each in self._lives.items() if each == life]:
+            if self.stream is not None and path.channel is self.stream:
+                del self._lives[path]
+                self.stream.disconnect(path.peer)
 
     def _path(self, channel: Channel, peer: Peer) -> Path:
         return Path(self._stream_rank if channel is self.stream else 0, channel, peer)

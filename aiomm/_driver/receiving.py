@@ -197,6 +197,10 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self._freed.clear()
             await self._freed.wait()
 
+    def has_drained(self) -> bool:
+        """A receiver writes into nobody's memory."""
+        return True
+
     def _plane_offers(self, link: int) -> tuple[PlaneOffer, ...]:
         slot = self.layout.probe_range(link % self.layout.num_probes)
         for export in self._exports.values():
@@ -228,6 +232,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             case Deliver():
                 self._deliver(command)
             case Fail(number, failure, story):
+                logger.info("x request %d failed: %s: %s", number, *failure)
                 self._take_joined(number)
                 self.waiter.ended(number, error_from(failure, story=story))
             case CompareProbe():
@@ -309,7 +314,10 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     def _quarantine(self, number: int, allocations: tuple[Allocation, ...]) -> None:
         for allocation in allocations:
             self.pool.quarantine(allocation)
-        if self._revoke(number):
+        proven = self._revoke(number)
+        blocks = [block for each in allocations for block in each.block_indices]
+        logger.info("x request %d: block_indices=%s in quarantine: %s", number, blocks, not proven)
+        if proven:
             self.endpoint.drained(number, self.now())
 
     def _release(self, number: int, allocations: tuple[Allocation, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import ClassVar, Protocol
 
 from ..buffers.tensors import TokenRows
@@ -34,6 +35,9 @@ __all__ = ["SendDriver", "Watcher"]
 
 logger = logging.getLogger("aiomm.sender")
 
+CAUSE_DELAY = 0.1
+"""Seconds that a failed write waits for the word of what broke it."""
+
 
 class Watcher(Protocol):
     """Whoever wants to know how a transfer goes on."""
@@ -43,6 +47,13 @@ class Watcher(Protocol):
 
     def ended(self, error: AiommError | None, route: Route | None) -> None:
         """The transfer is over; `error` is None if everything was accepted."""
+
+
+class Offerer(Watcher, Protocol):
+    """Whoever wants to know how the transfers of an offer go on."""
+
+    def began(self) -> None:
+        """A receiver redeems the offer; `ended` follows."""
 
 
 class SendDriver(Driver[SendEndpoint]):
@@ -76,11 +87,15 @@ class SendDriver(Driver[SendEndpoint]):
         self.sources: dict[int, Mapping[str, TokenRows]] = {}
         """The tensors of each transfer, until it is settled."""
         self.watchers: dict[int, Watcher] = {}
-        self.offers: dict[str, tuple[Mapping[str, TokenRows], Watcher]] = {}
+        self.offers: dict[str, tuple[Mapping[str, TokenRows], Offerer]] = {}
         """The tensors of each standing offer."""
+        self._hellos: dict[int, Hello] = {}
+        """What each receiver said."""
         self._routes: dict[int, asyncio.Task[Route]] = {}
         self._detachments: set[asyncio.Task[None]] = set()
         self._probes: dict[tuple[int, str], asyncio.Future[bool]] = {}
+        self._ends: dict[int, asyncio.Event] = {}
+        """Set when a transfer ends whose write has failed."""
         self._used: dict[int, Route] = {}
         """The route each transfer was written over."""
         self._idle = asyncio.Event()
@@ -101,9 +116,13 @@ class SendDriver(Driver[SendEndpoint]):
 
     async def drain(self) -> None:
         """Return when no write runs any more."""
-        while self.endpoint.num_live:
+        while not self.has_drained():
             self._idle.clear()
             await self._idle.wait()
+
+    def has_drained(self) -> bool:
+        """Whether no write runs any more."""
+        return not self.endpoint.num_live
 
     def pump(self) -> None:
         """Execute what the endpoint wants, and notice when nothing is left."""
@@ -119,15 +138,17 @@ class SendDriver(Driver[SendEndpoint]):
             case Quiesce(transfer):
                 self.spawn(self._quiesce(transfer), f"quiesce {transfer}")
             case Serve(transfer):
-                rows, watcher = self.offers[transfer.request_id]
+                rows, offerer = self.offers[transfer.request_id]
                 self.sources[transfer.generation] = rows
-                self.watchers[transfer.generation] = watcher
+                self.watchers[transfer.generation] = offerer
+                offerer.began()
             case Tell(transfer):
                 if transfer.generation in self.watchers:
                     self.watchers[transfer.generation].changed()
             case Finish(transfer):
                 self._ended(transfer.generation, None)
             case Fail(generation, failure, story):
+                logger.info("x transfer #%d failed: %s: %s", generation, *failure)
                 self._ended(generation, error_from(failure, story=story))
             case Greet(peer, hello):
                 self._find_route(peer, hello)
@@ -147,8 +168,12 @@ class SendDriver(Driver[SendEndpoint]):
     # Routes.
 
     def _find_route(self, peer: int, hello: Hello) -> None:
-        if hello.role != "receiver":
-            return
+        if hello.role == "receiver":
+            self._hellos[peer] = hello
+            self._search(peer, hello)
+
+    def _search(self, peer: int, hello: Hello) -> asyncio.Task[Route]:
+        """Begin to look for a plane that reaches a receiver."""
 
         def probe(plane: str, nonce: bytes) -> asyncio.Future[bool]:
             answer: asyncio.Future[bool] = self.loop.create_future()
@@ -161,9 +186,11 @@ class SendDriver(Driver[SendEndpoint]):
         task = self.loop.create_task(search, name=f"{self.name} route to {hello.name}")
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._routes[peer] = task
+        return task
 
     def _detach(self, peer: int) -> None:
         """Begin to detach from a receiver. Nothing cancels it, so that nothing stays mapped."""
+        self._hellos.pop(peer, None)
         route = self._routes.pop(peer, None)
         if route is not None:
             detachment = self.loop.create_task(_detached(route), name=f"{self.name} detach")
@@ -172,9 +199,12 @@ class SendDriver(Driver[SendEndpoint]):
 
     async def _route_of(self, generation: int) -> Route:
         """Return the route of a transfer's receiver; the search is shared by all transfers."""
-        task = self._routes.get(self.endpoint.peer_of(generation))
+        peer = self.endpoint.peer_of(generation)
+        task = self._routes.get(peer)
         if task is None:
             raise PlaneUnavailable("the receiver is gone")
+        if task.done() and (task.cancelled() or task.exception()):
+            task = self._search(peer, self._hellos[peer])  # what was wrong then may be over
         if task.done():
             return task.result()
         await asyncio.wait([task])
@@ -194,11 +224,24 @@ class SendDriver(Driver[SendEndpoint]):
                 runs = runs_of(self.sources[generation], route, start, extents)
                 await route.arena.write(GrantKey(route.link, generation, sequence), runs)
         except Exception as exc:  # whatever a plane raises fails this transfer and no other
+            await self._end_of(generation)
             self.endpoint.write_failed(generation, _failure_of(exc), self.now())
         else:
             self.endpoint.write_finished(generation, self.now())
         self.pump()
         self._let_go(generation)
+
+    async def _end_of(self, generation: int) -> None:
+        """Return when the transfer has ended, or soon.
+
+        What breaks a write is often the peer's death or its abort, and the word of that comes
+        another way: it says more than the plane can.
+        """
+        if generation in self.watchers:
+            self._ends[generation] = asyncio.Event()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ends[generation].wait(), CAUSE_DELAY)
+            del self._ends[generation]
 
     async def _quiesce(self, transfer: TransferId) -> None:
         """Wait until the failed write cannot land. If that fails, it is never called drained."""
@@ -216,6 +259,8 @@ class SendDriver(Driver[SendEndpoint]):
             self._used.pop(generation, None)
 
     def _ended(self, generation: int, error: AiommError | None) -> None:
+        if generation in self._ends:
+            self._ends[generation].set()
         watcher = self.watchers.pop(generation, None)
         if watcher is not None:
             watcher.ended(error, self._used.get(generation))

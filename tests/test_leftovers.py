@@ -1,0 +1,187 @@
+"""What is left behind by endpoints that close, and by processes that never close theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+import aiomm
+from tests.conftest import resources
+from tests.processes import (
+    SCHEMA,
+    Child,
+    child,
+    failed,
+    nothing_new,
+    num_blocks,
+    pattern,
+    received,
+    receiving,
+    until,
+)
+
+pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.timeout(60)]
+
+ALWAYS = ("-W", "always::ResourceWarning")
+
+
+def check_warnings(process: Child, text: str) -> None:
+    """Check that one warning says `text`, and that nothing but such warnings was printed."""
+    lines = process.stderr.decode().splitlines()
+    begun = [line for line in lines if not line.startswith(" ")]
+    assert all("ResourceWarning" in line for line in begun), process.stderr.decode()
+    assert sum(text in line for line in begun) == 1, process.stderr.decode()
+
+
+async def exit_of(process: Child) -> None:
+    """Check that a child which left its loop ends promptly, and with a warning."""
+    began = time.monotonic()
+    assert await process.wait() == 0
+    print(f"exit after {1000 * (time.monotonic() - began):.0f} ms")
+    assert time.monotonic() - began < 10
+    check_warnings(process, "was never closed")
+
+
+@pytest.mark.parametrize("uvloop", [False, True], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("plane", ["shm", "tcp"])
+async def test_a_sender_that_is_never_closed(plane: str, uvloop: bool) -> None:
+    async with (
+        receiving() as receiver,
+        child("sender", planes=plane, uvloop=uvloop, options=ALWAYS) as sender,
+    ):
+        ticket = receiver.expect("whole")
+        sender.tell("send", ticket=ticket.to_json(), seed=1, num_tokens=2000)
+        assert await received(receiver, "whole") == pattern(1, 2000)
+        await sender.hear("ended")
+        sender.tell("leave")
+        await exit_of(sender)
+        await until(lambda: receiver.metrics()["peers"] == 0, "the receiver knows")
+
+
+@pytest.mark.parametrize("uvloop", [False, True], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("plane", ["shm", "tcp"])
+async def test_a_sender_that_is_never_closed_in_the_middle_of_transfers(
+    plane: str, uvloop: bool
+) -> None:
+    async with (
+        receiving() as receiver,
+        child("sender", planes=plane, uvloop=uvloop, options=ALWAYS) as sender,
+    ):
+        tickets = [receiver.expect(f"r{n}") for n in range(2)]
+        sender.tell("claim", ticket=tickets[0].to_json())
+        await sender.hear("state", state="SENDING")
+        sender.tell("send", ticket=tickets[1].to_json(), seed=1, num_tokens=100, fault="stall")
+        await sender.hear("halfway")
+        sender.tell("leave")
+        await exit_of(sender)
+        for number in range(2):
+            with pytest.raises(aiomm.AiommError) as caught:
+                await receiver.receive(f"r{number}")
+            assert isinstance(caught.value, aiomm.PeerLost | aiomm.Cancelled)
+        await until(lambda: num_blocks(receiver, "free") == 16, "blocks come back")
+
+
+@pytest.mark.parametrize("uvloop", [False, True], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+async def test_a_receiver_that_is_never_closed(is_busy: bool, uvloop: bool) -> None:
+    async with (
+        child("receiver", bind="tcp://127.0.0.1:*", uvloop=uvloop, options=ALWAYS) as receiver,
+        aiomm.Sender(SCHEMA) as sender,
+    ):
+        ticket = (await receiver.ask("expect", "ticket", request_id="r"))["ticket"]
+        await sender.send(ticket, pattern(1, 500))
+        assert (await receiver.hear("ended"))["is_right"]
+        transfers = []
+        if is_busy:
+            ticket = (await receiver.ask("expect", "ticket", request_id="s"))["ticket"]
+            transfers.append(sender.claim(ticket))
+            async for state in transfers[0].events():
+                if state is aiomm.State.SENDING:
+                    break
+        receiver.tell("leave")
+        await exit_of(receiver)
+        for transfer in transfers:
+            with pytest.raises(aiomm.AiommError) as caught:
+                await transfer
+            assert isinstance(caught.value, aiomm.PeerLost | aiomm.Cancelled)
+
+
+async def test_a_lease_that_is_never_released() -> None:
+    async with child("receiver", bind="tcp://127.0.0.1:*", options=ALWAYS) as receiver:
+        async with aiomm.Sender(SCHEMA) as sender:
+            asked = await receiver.ask("expect", "ticket", request_id="r", is_dropped=True)
+            await sender.send(asked["ticket"], pattern(1, 500))
+            await receiver.hear("dropped")
+        receiver.tell("close")
+        assert await receiver.wait() == 0
+        check_warnings(receiver, "was never released")
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("control", ["auto", "zmq", "aiozmq"])
+async def test_senders_that_close_leave_nothing_at_the_receiver(control: str) -> None:
+    async with receiving(control=control) as receiver:
+        before: dict[str, set[str]] = {}
+        for number in range(4):
+            async with aiomm.Sender(SCHEMA, control=control) as sender:
+                ticket = receiver.expect("r")
+                sending = asyncio.ensure_future(sender.send(ticket, pattern(number, 700)))
+                assert await received(receiver, "r") == pattern(number, 700)
+                await sending
+            await until(lambda: receiver.metrics()["peers"] == 0, "the goodbye arrives")
+            before = before or resources()  # the first one made the ZeroMQ threads
+        await until(nothing_new(before), "connections end")
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("control", ["auto", "zmq", "aiozmq"])
+async def test_receivers_that_close_leave_nothing_at_the_sender(control: str) -> None:
+    async with aiomm.Sender(SCHEMA, control=control) as sender:
+        before: dict[str, set[str]] = {}
+        for number in range(4):
+            async with receiving(control=control) as receiver:
+                ticket = receiver.expect("r")
+                sending = asyncio.ensure_future(sender.send(ticket, pattern(number, 700)))
+                assert await received(receiver, "r") == pattern(number, 700)
+                await sending
+            await until(lambda: not sender._driver.endpoint.sessions, "the goodbye arrives")
+            before = before or resources()
+        await until(nothing_new(before), "connections end")
+
+
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """Let this process open nothing more, until the block ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_descriptors_can_run_out_and_come_back() -> None:
+    """Requests fail with a typed error meanwhile; afterwards the same endpoints work."""
+    async with receiving() as receiver, child("sender") as sender:
+        with no_descriptors_left():
+            ticket = receiver.expect("r", timeout=1.0)
+            sender.tell("send", ticket=ticket.to_json(), seed=1, num_tokens=100, timeout=1.0)
+            error, _ = await failed(receiver, "r")
+            assert isinstance(error, aiomm.TransferTimeout)
+            assert (await sender.hear("ended"))["error"] == "TransferTimeout"
+        again = receiver.expect("again")
+        sender.tell("send", ticket=again.to_json(), seed=2, num_tokens=100)
+        assert await received(receiver, "again") == pattern(2, 100)
