@@ -16,7 +16,7 @@ from ._driver.receiving import Delivery, ReceiveDriver
 from .buffers.arrays import Array
 from .config import ReceiverSettings, settings_from
 from .control.address import TcpAddress, parse_address, require_allowed
-from .errors import AiommError, Failure, PoolClosed, Reason, Rejected
+from .errors import AiommError, Failure, PoolClosed, ProtocolError, Reason, Rejected
 from .planes.base import Plane
 from .planes.registry import make_planes
 from .types import Schema, Ticket, TransferStats
@@ -36,6 +36,12 @@ class Lease(Mapping[str, Array]):
     def __init__(self, driver: ReceiveDriver, delivery: Delivery) -> None:
         transfer = delivery.transfer
         assert transfer.id is not None
+        try:
+            self.metadata = _decoded(transfer.metadata)
+            """What the sender gave along with the tensors."""
+        except ProtocolError:
+            driver.release(delivery.allocations)
+            raise
         self._driver = driver
         self._delivery = delivery
         self._is_released = False
@@ -44,10 +50,6 @@ class Lease(Mapping[str, Array]):
         self.num_tokens = transfer.transferred_tokens
         self.buffered_chunks = tuple(transfer.chunks)
         """Tokens that arrived under each grant."""
-        self.metadata: dict[str, Any] = (
-            msgspec.msgpack.decode(transfer.metadata) if transfer.metadata else {}
-        )
-        """What the sender gave along with the tensors."""
         self.stats = _stats(delivery, driver.schema)
         for allocation in delivery.allocations:
             driver.pool.lease(allocation)
@@ -428,6 +430,13 @@ def _ticket_from(request: str | Ticket | bytes) -> Ticket:
     if isinstance(request, Ticket):
         return request
     return Ticket.from_json(request) if isinstance(request, str) else Ticket.from_bytes(request)
+
+
+def _decoded(metadata: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.msgpack.decode(metadata, type=dict[str, Any]) if metadata else {}
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+        raise ProtocolError(f"the sender's metadata is malformed: {exc}") from exc
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:

@@ -192,14 +192,16 @@ class Transfer:
 class OfferedTicket:
     """Tensors on offer: the ticket to give away, and a handle that ends with the offer.
 
-    Awaiting it returns how often it was redeemed to the end, once the offer has ended: by
-    :meth:`withdraw`, by its timeout, or with the sender.
+    Awaiting it returns how often it was redeemed to the end, once the offer has ended (by
+    :meth:`withdraw`, by its timeout, or with the sender) and no transfer of it runs any more.
     """
 
     def __init__(self, sender: Sender, ticket: Ticket) -> None:
         self._sender = sender
         self._future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.ticket = ticket
+        self._num_running = 0
+        self._is_standing = True
         self.redeemed = 0
         """Transfers of this offer that a receiver has accepted whole."""
 
@@ -215,6 +217,10 @@ class OfferedTicket:
         """Return the ticket as JSON."""
         return self.ticket.to_json()
 
+    def began(self) -> None:
+        """A receiver redeems the offer."""
+        self._num_running += 1
+
     def changed(self) -> None:
         """A transfer of the offer has entered another state."""
 
@@ -224,17 +230,23 @@ class OfferedTicket:
             self.redeemed += 1
         else:
             logger.info("! a redemption of %r failed: %s", self.ticket.request_id, error)
+        self._num_running -= 1
+        self._resolve()
 
     def end(self) -> None:
-        """Resolve the handle."""
-        if not self._future.done():
+        """The offer stands no more."""
+        self._is_standing = False
+        self._resolve()
+
+    def _resolve(self) -> None:
+        if not (self._is_standing or self._num_running or self._future.done()):
             self._future.set_result(self.redeemed)
 
     def __await__(self) -> Generator[Any, None, int]:
         return asyncio.shield(self._future).__await__()
 
     def __repr__(self) -> str:
-        over = "ended" if self._future.done() else "standing"
+        over = "standing" if self._is_standing else "ended"
         return f"<Offer {self.ticket.request_id!r} {over}: redeemed {self.redeemed} times>"
 
 

@@ -110,10 +110,13 @@ async def pair(
 
 
 @asynccontextmanager
-async def faulty_pair(faults: Faults, **receiver: Any) -> AsyncIterator[tuple[Receiver, Sender]]:
+async def faulty_pair(
+    faults: Faults, *, sender: Mapping[str, Any] | None = None, **receiver: Any
+) -> AsyncIterator[tuple[Receiver, Sender]]:
     """Yield a :func:`pair` over the memory plane, whose writes go wrong as `faults` says."""
     plane = MemoryPlane(faults=faults)
-    async with pair(planes=[plane], sender={"planes": [plane]}, **receiver) as endpoints:
+    sender = {**(sender or {}), "planes": [plane]}
+    async with pair(planes=[plane], sender=sender, **receiver) as endpoints:
         yield endpoints
 
 

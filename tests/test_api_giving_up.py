@@ -19,6 +19,9 @@ from aiomm import (
 from aiomm.planes.memory import Faults
 
 from .support import (
+    ANYWHERE,
+    SCHEMA,
+    SMALL_POOL,
     assert_idle,
     error_of,
     faulty_pair,
@@ -197,4 +200,29 @@ async def test_late_bytes_change_nothing_of_the_next_request(
         with await receiving as lease:
             assert same(dict(lease), tensors_of(128, seed=2))
         await after
+        await receiver_used_again(receiver, sender)
+
+
+async def test_a_claim_given_up_before_the_first_contact_reaches_the_receiver() -> None:
+    """Cancelled in the breath in which it was made: the receiver learns it with the Hello."""
+    async with pair() as (receiver, sender):
+        transfer = sender.claim(receiver.expect("r"))
+        transfer.cancel("not a picture")
+        sender.claim("s", to=receiver.address).cancel("nor that")
+        assert (await error_of(receiver.receive("r"))).message == "not a picture"
+        assert (await error_of(receiver.receive("s"))).message == "nor that"
+        await receiver_used_again(receiver, sender)
+
+
+async def test_a_claim_given_up_whose_receiver_is_another_life() -> None:
+    """The new life at the old address has the same request id, and is not disturbed."""
+    async with Receiver(SCHEMA, bind=ANYWHERE, **SMALL_POOL) as first:
+        address = first.address
+        old = first.expect("r")
+    async with pair(bind=str(address)) as (receiver, sender):
+        new = receiver.expect("r")
+        sender.claim(old).cancel()
+        await sender.send(new, tensors_of(20))
+        async with receiver.receive("r") as lease:
+            assert lease.num_tokens == 20
         await receiver_used_again(receiver, sender)

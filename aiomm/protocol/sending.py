@@ -18,6 +18,7 @@ from .commands import Command, ProbeResult, SendFrame, Serve, Tell
 from .endpoint import Endpoint
 from .frames import Frame, Hello, Redeem
 from .session import Path, Session, Timing
+from .states import IllegalTransition
 from .transfer import ProtocolViolation, SendTransfer
 
 __all__ = ["SendEndpoint"]
@@ -89,6 +90,8 @@ class SendEndpoint(Endpoint):
         self._generation = 0
         self._opened: dict[int, _Opened] = {}
         self._waiting: dict[int, _Opened] = {}
+        self._regrets: dict[int, _Opened] = {}
+        """Given up before the first contact; the receiver waits, and is told when it is there."""
         self._of_peer: defaultdict[int, set[int]] = defaultdict(set)
         self._offers: dict[str, _Offered] = {}
         self._wanted: defaultdict[str, list[_Wanted]] = defaultdict(list)
@@ -122,7 +125,7 @@ class SendEndpoint(Endpoint):
             ValueError: the request id, the timeout or the metadata is out of bounds.
         """
         frames.check_request(request_id, timeout, b"" if ready is None else ready.metadata)
-        if len(self._waiting) >= self._max_waiting:
+        if len(self._waiting) + len(self._regrets) >= self._max_waiting:
             raise Rejected(f"{self._max_waiting} transfers wait for a receiver", retryable=True)
         opened = self._new(request_id, timeout, now)
         opened.path, opened.life, opened.key = path, life, key
@@ -153,7 +156,10 @@ class SendEndpoint(Endpoint):
 
     def fail(self, generation: int, failure: Failure, now: float) -> None:
         """Give the transfer up."""
+        opened = self._waiting.get(generation)
         self._feed(generation, events.Failed(failure), now)
+        if opened is not None and not opened.is_unaddressed:
+            self._regrets[generation] = opened
 
     def offer(
         self, request_id: str, key: bytes, total: int, metadata: bytes, timeout: float, now: float
@@ -218,15 +224,29 @@ class SendEndpoint(Endpoint):
         return bool(self._of_peer.get(peer))
 
     def _greeted(self, session: Session, path: Path, now: float) -> None:
-        for opened in list(self._waiting.values()):
+        for generation, opened in [*self._waiting.items(), *self._regrets.items()]:
             if (
                 opened.path == path
                 or (opened.path is None and opened.life == session.peer_epoch)
                 or (opened.is_unaddressed and session.peer_hello.takes_any)
             ):
-                self._offer_to(opened, session, 0, now)
+                if self._regrets.pop(generation, None) is None:
+                    self._offer_to(opened, session, 0, now)
+                elif self._obstacle(opened, session) is None:
+                    self._regret(opened, session)
+
+    def _regret(self, opened: _Opened, session: Session) -> None:
+        """Claim what was given up and abort it, so that whoever waits for it waits no longer."""
+        transfer = opened.transfer
+        assert transfer.failure is not None
+        reason, message = transfer.failure
+        for command in transfer.offer(opened.key, 0, opened.timeout):
+            if isinstance(command, SendFrame):
+                session.send(command.frame)
+        session.send(frames.Abort(transfer.id, reason, frames.clipped(message), True))
 
     def _contact_failed(self, path: Path, failure: Failure, now: float) -> None:
+        self._regrets = {n: each for n, each in self._regrets.items() if each.path != path}
         for opened in list(self._waiting.values()):
             if opened.path == path:
                 self._feed(opened.transfer.id.generation, events.Failed(failure), now)
@@ -237,9 +257,10 @@ class SendEndpoint(Endpoint):
         self._keep_wanted(lambda wanted: wanted.peer != session.peer_epoch)
 
     def _is_open(self, number: int) -> bool:
-        return number in self._opened
+        return number in self._opened or number in self._regrets
 
     def _expired(self, number: int, now: float) -> None:
+        self._regrets.pop(number, None)
         opened = self._opened.get(number)
         if opened is None or opened.transfer.state.is_terminal:
             return
@@ -356,7 +377,7 @@ class SendEndpoint(Endpoint):
         before = len(opened.transfer.history)
         try:
             commands = opened.transfer.handle(event, now)
-        except ProtocolViolation as exc:
+        except (ProtocolViolation, IllegalTransition) as exc:
             self.counters["violations"] += 1
             failure = Failure(Reason.PROTOCOL, f"the receiver broke the protocol: {exc}")
             commands = opened.transfer.handle(events.Failed(failure), now)
