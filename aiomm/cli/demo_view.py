@@ -129,7 +129,7 @@ def _summary(transfer: Travelled) -> str:
     return (
         f"{received.total_tokens} tokens, {received.nbytes / 1e6:.1f} MB in "
         f"{len(received.buffered_chunks)} chunk(s), {received.resumes} resume(s), {kind}; "
-        f"{transfer.sent.plane} at {transfer.gbps:.2f} GB/s"
+        f"{transfer.sent.plane} at {transfer.gbps:.3g} GB/s"
         + "".join(f"\nnot over {escape(reason)}" for reason in transfer.sent.refused_planes)
     )
 
@@ -147,7 +147,7 @@ def _table(transfers: Sequence[Travelled]) -> Table:
             str(received.resumes),
             "view" if received.view else "joined",
             f"{received.seconds * 1e3:.1f}",
-            f"{each.gbps:.2f}",
+            f"{each.gbps:.3g}",
             f"[red]{escape(each.error)}[/red]" if each.error else "equal",
         )
     if len(shown) > MAX_ROWS:

@@ -36,6 +36,7 @@ __all__ = [
     "check_header",
     "field_from",
     "field_option",
+    "file_stem",
     "read_fields",
     "read_whole",
     "request_id_of",
@@ -175,7 +176,7 @@ def save(lease: Lease, folder: Path) -> Path:
         Unusable: it is not what `aiomm send` sends.
         OSError: it cannot be written.
     """
-    target = folder / f"{_stem(lease.request_id)}.safetensors"
+    target = folder / f"{file_stem(lease.request_id)}.safetensors"
     temporary = folder / f".aiomm-{secrets.token_hex(8)}.part"
     try:
         if list(lease) == list(WHOLE_FILE) and NBYTES in lease.metadata:
@@ -222,7 +223,7 @@ def _write_fields(lease: Lease, path: Path) -> None:
         raise Unusable(f"{lease.request_id!r} cannot be a safetensors file: {exc}") from exc
 
 
-def _stem(request_id: str) -> str:
+def file_stem(request_id: str) -> str:
     """Return a file name that stands for `request_id` alone, in one folder, on any system."""
     stem = re.sub(r"[^\w.,=@+-]", lambda match: quote(match[0], safe=""), request_id)
     stem = re.sub(r"^\.", "%2E", stem)  # no hidden file

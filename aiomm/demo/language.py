@@ -110,7 +110,9 @@ async def _serve_all(receiver: Receiver, check: Comparison | SmallModel, options
     admission = asyncio.Semaphore(options.concurrency)
     async with asyncio.TaskGroup() as requests:
         for number in range(options.requests):
-            requests.create_task(_serve(receiver, check, number, admission))
+            await admission.acquire()
+            request = requests.create_task(_serve(receiver, check, number))
+            request.add_done_callback(lambda _: admission.release())
 
 
 def _build(options: Options) -> Comparison | SmallModel:
@@ -118,23 +120,17 @@ def _build(options: Options) -> Comparison | SmallModel:
     return Comparison(options) if options.image is None else SmallModel()
 
 
-async def _serve(
-    receiver: Receiver,
-    check: Comparison | SmallModel,
-    number: int,
-    admission: asyncio.Semaphore,
-) -> None:
+async def _serve(receiver: Receiver, check: Comparison | SmallModel, number: int) -> None:
     request_id = f"req-{number + 1}"
-    async with admission:
-        try:
-            tell(Job(number, receiver.expect(request_id).to_json()))
-            async with receiver.receive(request_id) as lease:
-                tensors = dict(lease)
-                difference, tokens = await asyncio.to_thread(check, number, tensors, lease.metadata)
-            tell(_received(number, lease, difference, tokens))
-        except AiommError as exc:
-            error = f"{type(exc).__name__}: {exc}"
-            tell(Received(number=number, request_id=request_id, error=error))
+    try:
+        tell(Job(number, receiver.expect(request_id).to_json()))
+        async with receiver.receive(request_id) as lease:
+            tensors = dict(lease)
+            difference, tokens = await asyncio.to_thread(check, number, tensors, lease.metadata)
+        tell(_received(number, lease, difference, tokens))
+    except AiommError as exc:
+        error = f"{type(exc).__name__}: {exc}"
+        tell(Received(number=number, request_id=request_id, error=error))
 
 
 def _received(

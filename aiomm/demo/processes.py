@@ -130,8 +130,10 @@ async def _process(name: str) -> AsyncIterator[Process]:
 
 
 def _tell(process: Process, message: Message) -> None:
+    """Tell a process something. If it has ended, who reads its stdout will notice."""
     assert process.stdin is not None
-    process.stdin.write(encode(message))
+    if not process.stdin.is_closing():
+        process.stdin.write(encode(message))
 
 
 def _end(process: Process) -> None:
