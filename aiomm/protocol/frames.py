@@ -217,11 +217,6 @@ class Grant(_Struct, frozen=True):
     block_indices: BlockIndices
     extents: Extents
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that fit into the extents."""
-        return sum(stop - start for start, stop in self.extents)
-
 
 class Resume(Grant, frozen=True):
     """Receiver: the same for the rest. May arrive early; applies when the last one is full."""

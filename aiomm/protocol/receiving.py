@@ -33,6 +33,7 @@ from .commands import (
 from .endpoint import Endpoint
 from .frames import Frame, Hello, PlaneOffer
 from .session import Path, Session, Timing
+from .states import IllegalTransition
 from .transfer import ProtocolViolation, ReceiveTransfer
 
 __all__ = ["ReceiveEndpoint"]
@@ -433,7 +434,8 @@ class ReceiveEndpoint(Endpoint):
             if request is not None and (offer.key or offer.redemption):
                 # Nobody else will bring it: fail it now, not at its deadline.
                 self._feed(request.transfer.number, events.Failed(failure), now)
-        elif request is not None:
+        else:
+            assert request is not None
             self._tie(request, session, now)
             self._by_transfer[peer, transfer] = request.transfer.number
             claimed = events.Claimed(transfer, offer.total, offer.metadata)
@@ -508,7 +510,7 @@ class ReceiveEndpoint(Endpoint):
             return
         try:
             commands = request.transfer.handle(event, now)
-        except ProtocolViolation as exc:
+        except (ProtocolViolation, IllegalTransition) as exc:
             self.counters["violations"] += 1
             failure = Failure(Reason.PROTOCOL, f"the sender broke the protocol: {exc}")
             commands = request.transfer.handle(events.Failed(failure), now)

@@ -240,9 +240,11 @@ class SendEndpoint(Endpoint):
         transfer = opened.transfer
         assert transfer.failure is not None
         reason, message = transfer.failure
-        for command in transfer.offer(opened.key, 0, opened.timeout):
-            if isinstance(command, SendFrame):
-                session.send(command.frame)
+        session.send(
+            frames.Offer(
+                transfer.id, opened.key, 0, transfer.total, transfer.metadata, opened.timeout
+            )
+        )
         session.send(frames.Abort(transfer.id, reason, frames.clipped(message), True))
 
     def _contact_failed(self, path: Path, failure: Failure, now: float) -> None:

@@ -51,7 +51,7 @@ from .events import (
     WriteFinished,
     Written,
 )
-from .states import Edge, IllegalTransition, State, next_state
+from .states import Edge, State, next_state
 
 __all__ = ["ProtocolViolation", "ReceiveTransfer", "SendTransfer", "Transfer", "one_run"]
 
@@ -123,10 +123,7 @@ class Transfer:
         return tuple(f"{state} at {at - began:.3f}s" for state, at in self.history)
 
     def _move(self, edge: Edge, now: float) -> None:
-        try:
-            self.state = next_state(self.state, edge)
-        except IllegalTransition as exc:
-            raise ProtocolViolation(str(exc)) from exc
+        self.state = next_state(self.state, edge)
         self.history.append((self.state, now))
 
     def _count(self, sequence: int, count: int) -> None:

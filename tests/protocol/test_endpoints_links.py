@@ -10,7 +10,7 @@ from aiomm.protocol.frames import Goodbye, Packet, encode
 from aiomm.protocol.session import Path
 from aiomm.types import TransferId
 
-from .pairs import Pair, message, reason
+from .pairs import KEY, Pair, message, reason
 from .receiving_process import Receiving
 from .sending_process import Sending
 from .world import World
@@ -224,6 +224,19 @@ class TestRestart:
             pair.wait()
             assert "void" in message(pair.receiver, number)
 
+    def test_a_ticket_without_an_address(self) -> None:
+        """Its issuer only connects: whoever bears it waits until that life gets in touch."""
+        pair = Pair()
+        pair.offer("offered")
+        pair.expect("expected")
+        redeemed = pair.receiver.endpoint.redeem(
+            "offered", KEY, path=None, life=pair.sender.epoch, timeout=9.0, now=0.0
+        )
+        claimed = pair.open("expected", key=KEY, life=pair.receiver.epoch, to=None)
+        pair.meet()
+        assert reason(pair.receiver, redeemed) is None
+        assert reason(pair.sender, claimed) is None
+
     def test_a_ticket_of_a_life_that_is_known_to_be_over(self) -> None:
         """It fails at once, without contacting anybody."""
         pair = Pair()
@@ -326,6 +339,21 @@ class TestTurnedAway:
         goodbye = Packet(1, old.epoch, pair.receiver.epoch, 0, 0, Goodbye(Reason.CLOSED, "bye"))
         pair.inject_packet(goodbye, old, pair.receiver)
 
+    def test_a_lost_receiver_makes_room_at_the_sender(self) -> None:
+        """The same on the other side, and only for a receiver without transfers."""
+        pair = Pair()
+        pair.sender.crash()
+        pair.sender = Sending(pair.world, "sender", max_peers=1)
+        other = Receiving(pair.world, "other", blocks=4)
+        first = pair.open(tokens=None)
+        pair.wait()
+        pair.sender.endpoint.path_lost(pair.sender.path_to("receiver"), "cut", pair.now)
+        second = pair.open(to="other")
+        pair.wait()
+        assert reason(pair.sender, first) is Reason.PEER_LOST
+        assert reason(pair.sender, second) is None
+        assert list(pair.sender.endpoint.sessions) == [other.epoch]
+
     def test_a_lost_peer_with_open_transfers_keeps_its_place(self) -> None:
         """What it may still write must not be forgotten."""
         pair = Pair()
@@ -416,11 +444,14 @@ class TestFarewell:
         pair = Pair()
         pair.world.at_address.clear()
         sent, asked = pair.open(), pair.redeem()
+        elsewhere = pair.open(to="elsewhere"), pair.receive("elsewhere")
         pair.sender.endpoint.path_lost(pair.sender.path_to("receiver"), "refused", 0.0)
         pair.receiver.endpoint.path_lost(pair.receiver.path_to("sender"), "refused", 0.0)
         pair.sender.pump()
         pair.receiver.pump()
         assert message(pair.sender, sent) == message(pair.receiver, asked) == "refused"
+        assert elsewhere[0] not in pair.sender.outcomes
+        assert elsewhere[1] not in pair.receiver.outcomes
 
     def test_silence(self) -> None:
         """A peer that stops answering is lost after a while, and welcome when it speaks again."""
@@ -434,6 +465,17 @@ class TestFarewell:
         second = pair.open()
         pair.wait()
         assert reason(pair.sender, second) is None
+        assert len(pair.sender.parted) == 1
+
+    def test_silence_and_then_a_lost_path(self) -> None:
+        """The peer is lost once."""
+        pair = Pair()
+        pair.open(tokens=None)
+        pair.wait()
+        pair.receiver.pause(10.0)
+        pair.wait(6.0)
+        pair.sender.endpoint.path_lost(pair.sender.path_to("receiver"), "cut", pair.now)
+        pair.sender.pump()
         assert len(pair.sender.parted) == 1
 
     def test_a_peer_without_a_path_cannot_be_used(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from aiomm.errors import Reason, Rejected
 from aiomm.protocol import frames
+from aiomm.protocol.commands import Release
 from aiomm.protocol.events import TokensReady
 from aiomm.protocol.frames import FieldSpec, Hello
 from aiomm.protocol.states import State
@@ -107,6 +108,50 @@ class TestTickets:
         pair.receiver.endpoint.cancel("request", GIVEN_UP, pair.now)
         pair.receiver.pump()
         assert reason(pair.receiver, number) is Reason.CANCELLED
+
+
+class TestGivenUpBeforeTheLinkStands:
+    """The encoder raised at once: whoever waits for it must not wait for a timeout."""
+
+    def test_the_receiver_is_told_as_soon_as_there_is_a_link(self) -> None:
+        """By a claim that is aborted in the same breath."""
+        pair = Pair()
+        number = pair.expect()
+        pair.give_up(pair.sender, pair.claim(tokens=None))
+        pair.wait(0.1)
+        assert reason(pair.receiver, number) is Reason.CANCELLED
+        pair.check_settled()
+
+    def test_a_receiver_of_another_life_is_not_told(self) -> None:
+        """The ticket was void."""
+        pair = Pair()
+        number = pair.expect()
+        pair.give_up(pair.sender, pair.open(key=KEY, life=98))
+        pair.wait()
+        assert number not in pair.receiver.outcomes
+
+    def test_nobody_is_told_when_nobody_can_be_reached(self) -> None:
+        """And it is not kept for later."""
+        pair = Pair()
+        pair.world.at_address.pop("receiver")
+        pair.give_up(pair.sender, pair.claim(tokens=None))
+        pair.sender.endpoint.path_lost(pair.sender.path_to("receiver"), "refused", 0.0)
+        pair.world.at_address["receiver"] = pair.receiver
+        number = pair.expect()
+        pair.meet()
+        assert number not in pair.receiver.outcomes
+
+    def test_nobody_is_told_after_the_deadline(self) -> None:
+        """By then the receiver has found out by itself."""
+        pair = Pair()
+        pair.world.at_address.pop("receiver")
+        pair.give_up(pair.sender, pair.claim(tokens=None, timeout=1.0))
+        pair.claim("other", tokens=None)
+        pair.wait(2.0)
+        pair.world.at_address["receiver"] = pair.receiver
+        number = pair.expect()
+        pair.wait(4.0)
+        assert number not in pair.receiver.outcomes
 
 
 class TestUnasked:
@@ -528,6 +573,26 @@ class TestDeadlines:
         assert len(pair.receiver.endpoint._deadlines) < 1050
         pair.sender.endpoint.fail(99, GIVEN_UP, 0.0)
         pair.receiver.endpoint.taken(99)
+
+    def test_answers_for_a_request_that_is_forgotten(self) -> None:
+        """Blocks that come too late go back; other answers mean nothing any more."""
+        pair = Pair()
+        pair.receiver.endpoint.drained(99, 0.0)
+        blocks = pair.receiver.pool.allocate(2)
+        assert blocks is not None
+        pair.receiver.endpoint.reserved(99, blocks, False, 0.0)
+        assert pair.receiver.endpoint.commands(0.0) == [Release(99, (blocks,))]
+
+    def test_who_is_known(self) -> None:
+        """Questions the driver asks."""
+        pair = Pair()
+        number, generation = pair.expect(), pair.claim(tokens=None)
+        assert pair.receiver.endpoint.number_of("request") == number
+        assert pair.receiver.endpoint.number_of("other") is None
+        assert pair.receiver.endpoint.link_of(number) == 0
+        assert pair.sender.endpoint.has(generation)
+        assert not pair.sender.endpoint.has(99)
+        assert pair.sender.endpoint.peer_of(99) == 0
 
 
 class TestBrokenPeers:
