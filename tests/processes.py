@@ -208,11 +208,15 @@ async def child(
 @asynccontextmanager
 async def receiving(**settings: Any) -> AsyncIterator[aiomm.Receiver]:
     """Run a receiver in this process, with a pool of 16 blocks of 128 tokens unless told else."""
-    defaults = {"blocks": 16, "block_size": 128, "default_blocks": 2, "timeout": 20.0}
+    defaults: dict[str, Any] = {
+        "blocks": 16,
+        "block_size": 128,
+        "default_blocks": 2,
+        "timeout": 20.0,
+    }
+    defaults["bind"] = "tcp://127.0.0.1:*"
     load_array_library()  # now: it leaves threads behind
-    async with aiomm.Receiver(
-        SCHEMA, bind="tcp://127.0.0.1:*", **{**defaults, **settings}
-    ) as receiver:
+    async with aiomm.Receiver(SCHEMA, **{**defaults, **settings}) as receiver:
         yield receiver
 
 
