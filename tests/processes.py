@@ -138,7 +138,9 @@ class Child:
         return self._process.wait()
 
     async def close(self) -> None:
-        """End it if it still runs, and let go of everything."""
+        """End it if it still runs, and let go of everything. Idempotent."""
+        if self._pidfd < 0:
+            return
         if not self.is_dead:
             self._process.kill()
         self._process.wait()
@@ -151,6 +153,7 @@ class Child:
                 except BrokenPipeError:
                     continue
         os.close(self._pidfd)
+        self._pidfd = -1
 
     def _watch(self, descriptor: int, action: Callable[[], None]) -> None:
         self._watched.add(descriptor)
