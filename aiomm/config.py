@@ -67,7 +67,8 @@ class ReceiverSettings(EndpointSettings, frozen=True, kw_only=True):
     max_tokens: _Positive = 2**24
     """Longest request that is accepted, in tokens."""
     max_buffered_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 8 * 2**30
-    """Bytes that transfers longer than the pool may hold outside it, all together."""
+    """Bytes that transfers longer than the pool, and results that nobody takes, may hold
+    outside it, all together."""
 
 
 def settings_from(

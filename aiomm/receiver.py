@@ -5,7 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from secrets import token_bytes
 from types import TracebackType
 from typing import Any, Self
@@ -40,7 +48,7 @@ class Lease(Mapping[str, Array]):
             self.metadata = _decoded(transfer.metadata)
             """What the sender gave along with the tensors."""
         except ProtocolError:
-            driver.release(delivery.allocations)
+            driver.discard(delivery)
             raise
         self._driver = driver
         self._delivery = delivery
@@ -51,8 +59,7 @@ class Lease(Mapping[str, Array]):
         self.buffered_chunks = tuple(transfer.chunks)
         """Tokens that arrived under each grant."""
         self.stats = _stats(delivery, driver.schema)
-        for allocation in delivery.allocations:
-            driver.pool.lease(allocation)
+        driver.take(delivery)
 
     @property
     def is_view(self) -> bool:
@@ -348,7 +355,7 @@ class Receiver:
         self._drop(number)
         if waiting is None or waiting.done():  # cancelled, and its task has not run yet
             if isinstance(result, Delivery):
-                self._driver.release(result.allocations)
+                self._driver.discard(result)
         elif isinstance(result, AiommError):
             waiting.set_exception(result)
         else:
@@ -359,7 +366,15 @@ class Receiver:
         self._driver.endpoint.taken(number)
         kept = self._results.pop(number, None)
         if isinstance(kept, Delivery):
-            self._driver.release(kept.allocations)
+            self._driver.discard(kept)
+
+    def awaited(self) -> Iterable[int]:
+        """Return the requests that somebody waits for (called by the driver)."""
+        return self._waiting
+
+    def untaken(self) -> Iterator[Delivery]:
+        """Return what has arrived and nobody has asked for yet (called by the driver)."""
+        return (each for each in self._results.values() if isinstance(each, Delivery))
 
     async def _receive(
         self, request: str | Ticket | bytes, source: str | None, timeout: float | None
@@ -373,6 +388,7 @@ class Receiver:
             raise Rejected(f"request {request!r} is being received already")
         self._waiting[number] = future = self._driver.loop.create_future()
         self._driver.pump()
+        self._driver.make_room()
         try:
             return Lease(self._driver, await future)
         except asyncio.CancelledError:
@@ -410,7 +426,7 @@ class Receiver:
         driver = self._driver
         self._waiting.pop(number, None)
         if future.done() and not future.cancelled() and future.exception() is None:
-            driver.release(future.result().allocations)
+            driver.discard(future.result())
             return
         failure = Failure(Reason.CANCELLED, "the receiver's await was cancelled")
         driver.endpoint.fail(number, failure, driver.now())

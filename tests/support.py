@@ -38,6 +38,7 @@ __all__ = [
     "pair",
     "same",
     "tensors_of",
+    "until",
 ]
 
 _Result = TypeVar("_Result")
@@ -243,3 +244,20 @@ def after_packets(
     finally:
         for driver in drivers:
             del vars(driver)["packet_received"]
+
+
+async def until(condition: Callable[[], object], owner: object, method: str) -> None:
+    """Return when `condition` is true, looking again after every call of `owner.method`."""
+    fulfilled = asyncio.Event()
+    call = getattr(owner, method)
+
+    def called(*arguments: Any) -> None:
+        call(*arguments)
+        if condition():
+            fulfilled.set()
+
+    vars(owner)[method] = called
+    try:
+        await fulfilled.wait()
+    finally:
+        del vars(owner)[method]

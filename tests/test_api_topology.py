@@ -25,6 +25,7 @@ from .support import (
     pair,
     same,
     tensors_of,
+    until,
 )
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -105,7 +106,8 @@ async def test_the_receiver_asks_a_sender_that_listens(first: str) -> None:
         assert sender.address is not None
         receiving = asyncio.ensure_future(wait_for(receiver, "r", source=sender.address))
         if first == "receiver":
-            await until_wanted(sender)
+            driver = sender._driver
+            await until(lambda: driver.endpoint._wanted, driver, "packet_received")
         sending = asyncio.ensure_future(sender.send("r", tensors_of(70)))
         with await receiving as lease:
             assert same(dict(lease), tensors_of(70))
@@ -115,21 +117,6 @@ async def test_the_receiver_asks_a_sender_that_listens(first: str) -> None:
 
 async def wait_for(receiver: Receiver, request_id: str, **arguments: Any) -> Any:
     return await receiver.receive(request_id, **arguments)
-
-
-async def until_wanted(sender: Sender) -> None:
-    """Return when a receiver's question has arrived."""
-    arrived = asyncio.Event()
-    execute = sender._driver.packet_received
-
-    def received(*arguments: Any) -> None:
-        execute(*arguments)
-        if sender._driver.endpoint._wanted:
-            arrived.set()
-
-    vars(sender._driver)["packet_received"] = received
-    await arrived.wait()
-    del vars(sender._driver)["packet_received"]
 
 
 @pytest.mark.both_loops

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, Protocol
 
@@ -23,7 +23,7 @@ from ..buffers.queue import QueueFull, ReservationQueue
 from ..buffers.received import JoinedTensors, PoolTensors
 from ..buffers.shm import MemfdArena
 from ..config import ReceiverSettings
-from ..errors import AiommError, Failure, PlaneUnavailable, Reason, error_from
+from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, error_from
 from ..planes.base import Export, GrantKey, Plane
 from ..protocol.commands import (
     Command,
@@ -64,6 +64,8 @@ class Delivery:
         extents: tuple[Extent, ...],
         joined: JoinedTensors | None,
     ) -> None:
+        self.is_taken = False
+        """The user has it, or nobody will."""
         self.transfer = transfer
         self.plane = plane
         self.allocations = allocations
@@ -75,6 +77,12 @@ class Delivery:
 
 class Waiter(Protocol):
     """Whoever wants to know how a request ends."""
+
+    def awaited(self) -> Iterable[int]:
+        """Return the requests that somebody waits for."""
+
+    def untaken(self) -> Iterable[Delivery]:
+        """Return what has arrived and nobody has asked for yet, oldest first."""
 
     def ended(self, number: int, result: Delivery | AiommError) -> None:
         """The request is over. A delivery's blocks are the waiter's from now on."""
@@ -141,6 +149,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._joined: dict[int, JoinedTensors] = {}
         self._buffered: defaultdict[int, int] = defaultdict(int)
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
+        self._making_room: asyncio.Task[None] | None = None
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="aiomm-join")
         self._freed = asyncio.Event()
 
@@ -331,6 +340,19 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._pump_queue()
         self._freed.set()
 
+    def take(self, delivery: Delivery) -> None:
+        """Give a delivery to the user, who releases its blocks later."""
+        delivery.is_taken = True
+        self._buffered.pop(delivery.transfer.number, None)
+        for allocation in delivery.allocations:
+            self.pool.lease(allocation)
+
+    def discard(self, delivery: Delivery) -> None:
+        """Take a delivery back that nobody wants."""
+        delivery.is_taken = True
+        self._buffered.pop(delivery.transfer.number, None)
+        self.release(delivery.allocations)
+
     def release(self, allocations: tuple[Allocation, ...]) -> None:
         """Take blocks back from the user."""
         self.free(allocations)
@@ -338,12 +360,55 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes of unfinished transfers outside the pool."""
+        """Bytes outside the pool of transfers that are unfinished or not taken yet."""
         return sum(self._buffered.values())
 
     def _pump_queue(self) -> None:
         for number, allocation in self.queue.pump():
             self.endpoint.reserved(number, allocation, False, self.now())
+        self.make_room()
+
+    # Results that nobody takes must not keep the one that somebody waits for from arriving.
+
+    def make_room(self) -> None:
+        """Move the oldest untaken result out of the pool if an awaited request needs blocks.
+
+        Otherwise they stay: a pool full of results is how a slow reader slows senders down.
+        """
+        if self._making_room is not None or self.is_closing:
+            return
+        delivery = next(filter(self._can_move, self.waiter.untaken()), None)
+        if delivery is not None and any(map(self.queue.is_waiting, self.waiter.awaited())):
+            number = delivery.transfer.number
+            self._buffered[number] = delivery.extent.num_tokens * self.schema.token_nbytes
+            self._making_room = self.spawn(self._move_untaken(delivery), f"move out {number}")
+
+    def _can_move(self, delivery: Delivery) -> bool:
+        nbytes = delivery.extent.num_tokens * self.schema.token_nbytes
+        room = self.settings.max_buffered_bytes - self.buffered_bytes
+        return bool(delivery.allocations) and nbytes <= room
+
+    async def _move_untaken(self, delivery: Delivery) -> None:
+        number = delivery.transfer.number
+        joined = JoinedTensors(self.schema, delivery.extent.num_tokens)
+        copying = self.loop.run_in_executor(
+            self._copier, joined.append, self.layout, self.arena, [delivery.extent]
+        )
+        try:
+            await copying
+        except Rejected as exc:  # it stays where it is, until the next time that blocks are short
+            logger.warning("! request %d stays in the pool: %s", number, exc)
+            self._buffered.pop(number, None)
+            self._making_room = None
+            return
+        self._making_room = None
+        if not delivery.is_taken:
+            logger.info("= request %d made room for others: nobody has taken it", number)
+            allocations, delivery.allocations = delivery.allocations, ()
+            delivery.joined = joined
+            self.free(allocations)
+        self._pump_queue()
+        self.pump()
 
     # Copies out of the pool.
 
@@ -406,6 +471,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         delivery = Delivery(transfer, plane, kept, command.extents, joined)
         self._pump_queue()
         self.waiter.ended(number, delivery)
+        self.make_room()
 
     def _trim(self, allocations: tuple[Allocation, ...], num_tokens: int) -> tuple[Allocation, ...]:
         """Give back the blocks behind the last token; return what is left, filled."""

@@ -64,6 +64,10 @@ class ReservationQueue:
         """Keys that wait, over both ranks."""
         return len(self._claimed) + len(self._expected)
 
+    def is_waiting(self, key: int) -> bool:
+        """Whether a sender waits for the blocks of `key`."""
+        return key in self._claimed
+
     @property
     def num_held(self) -> int:
         """Keys with a soft hold."""

@@ -1,0 +1,177 @@
+"""More than the pool holds: everything completes, limits are told, and no order deadlocks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from aiomm import Receiver, Rejected, Sender
+
+from .support import (
+    SCHEMA,
+    assert_idle,
+    error_of,
+    free_blocks,
+    frozen_imports,  # noqa: F401
+    granted,
+    pair,
+    same,
+    tensors_of,
+    until,
+)
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.mark.both_loops
+async def test_two_hundred_requests_against_thirty_two_blocks() -> None:
+    """All at once, each three times its default grant; every byte of every one arrives."""
+
+    async def take(receiver: Receiver, index: int) -> None:
+        async with receiver.receive(f"r{index}") as lease:
+            assert same(dict(lease), tensors_of(100, seed=index))
+
+    async with pair(blocks=32) as (receiver, sender):
+        sends = [sender.send(receiver.expect(f"r{i}"), tensors_of(100, seed=i)) for i in range(200)]
+        takes = [take(receiver, i) for i in range(200)]
+        await asyncio.gather(*sends, *takes)
+        assert_idle(receiver, sender)
+
+
+async def test_results_are_taken_in_another_order_than_they_arrive() -> None:
+    """Finished results fill the pool; the one awaited needs blocks, and gets theirs."""
+    async with pair() as (receiver, sender):
+        sends = []
+        for name in "abcd":
+            transfer = sender.claim(receiver.expect(name), num_tokens=32)
+            await transfer.send(tensors_of(32, seed=ord(name)))
+        assert free_blocks(receiver) == 0
+        for name in "efgh":
+            transfer = sender.claim(receiver.expect(name), num_tokens=100)
+            sends.append(transfer.send(tensors_of(100, seed=ord(name))))
+        for name in "hgfedcba":
+            async with receiver.receive(name) as lease:
+                length = 32 if name < "e" else 100
+                assert same(dict(lease), tensors_of(length, seed=ord(name)))
+        await asyncio.gather(*(wait_for(each) for each in sends))
+        assert_idle(receiver, sender)
+
+
+async def wait_for(awaitable: Any) -> Any:
+    return await awaitable
+
+
+async def test_results_stay_in_the_pool_while_nobody_waits() -> None:
+    """A pool full of untaken results holds senders back, until one of them is asked for."""
+    async with pair() as (receiver, sender):
+        for name in "ab":
+            await sender.claim(receiver.expect(name), num_tokens=64).send(tensors_of(64))
+        waiting = sender.claim(receiver.expect("c"), num_tokens=64).send(tensors_of(64, seed=3))
+        driver = receiver._driver
+        await until(lambda: driver.queue.num_waiting, driver, "packet_received")
+        assert receiver.metrics()["bytes_buffered"] == 0
+        assert receiver.metrics()["blocks_filled"] == 8
+        async with receiver.receive("c") as lease:
+            assert same(dict(lease), tensors_of(64, seed=3))
+            assert receiver.metrics()["bytes_buffered"] == 64 * SCHEMA.token_nbytes
+        for name in "ab":
+            async with receiver.receive(name) as lease:
+                assert lease.is_view is (name == "b")
+                assert same(dict(lease), tensors_of(64))
+        await waiting
+        assert_idle(receiver, sender)
+
+
+async def test_untaken_results_move_out_only_as_far_as_the_limit_goes() -> None:
+    """With `max_buffered_bytes=0` nothing moves: the awaited one ends at its deadline."""
+    async with pair(max_buffered_bytes=0) as (receiver, sender):
+        await sender.claim(receiver.expect("a"), num_tokens=128).send(tensors_of(128))
+        sender.claim(receiver.expect("b", timeout=0.2)).send(tensors_of(5))
+        error = await error_of(receiver.receive("b"))
+        assert "in ALLOC" in error.message
+        async with receiver.receive("a") as lease:
+            assert same(dict(lease), tensors_of(128))
+
+
+@pytest.mark.parametrize("taken", ["meanwhile", "dropped"])
+async def test_a_result_that_is_taken_while_it_moves(taken: str) -> None:
+    """The copy is thrown away: the lease is a view, or the result is gone; no block leaks."""
+    async with pair() as (receiver, sender):
+        await sender.claim(receiver.expect("a"), num_tokens=128).send(tensors_of(128))
+        transfer = sender.claim(receiver.expect("b"), num_tokens=20).send(tensors_of(20))
+        awaited = asyncio.ensure_future(wait_for(receiver.receive("b")))
+        driver = receiver._driver
+        await until(lambda: driver._making_room, driver, "make_room")
+        if taken == "meanwhile":
+            async with receiver.receive("a") as lease:
+                assert lease.is_view
+                assert same(dict(lease), tensors_of(128))
+        else:
+            receiver.cancel("a")
+        with await awaited as lease:
+            assert same(dict(lease), tensors_of(20))
+        await transfer
+        assert_idle(receiver, sender)
+
+
+async def test_too_many_open_requests() -> None:
+    """`max_waiting` of the receiver: retryable, on either side, and soon there is room again."""
+    async with pair(max_waiting=3) as (receiver, sender):
+        tickets = [receiver.expect(name) for name in "abc"]
+        with pytest.raises(Rejected, match="3 requests are open") as caught:
+            receiver.expect("d")
+        assert caught.value.retryable
+        error = await error_of(sender.send("d", tensors_of(1), to=receiver.address))
+        assert isinstance(error, Rejected)
+        assert error.retryable
+        await sender.send(tickets[0], tensors_of(1))
+        (await receiver.receive("a")).release()
+        await sender.send("d", tensors_of(1), to=receiver.address)
+        (await receiver.receive("d")).release()
+
+
+async def test_too_many_transfers_wait_for_a_receiver() -> None:
+    """`max_waiting` of the sender counts those that nobody has asked for yet."""
+    async with pair(sender={"max_waiting": 2}) as (receiver, sender):
+        waiting = [asyncio.ensure_future(sender.send(name, tensors_of(1))) for name in "ab"]
+        await asyncio.sleep(0)
+        error = await error_of(sender.send("c", tensors_of(1)))
+        assert isinstance(error, Rejected)
+        assert error.retryable
+        for each in waiting:
+            each.cancel()
+        await asyncio.wait(waiting)
+        await sender.send(receiver.expect("e"), tensors_of(1))
+        (await receiver.receive("e")).release()
+
+
+async def test_a_transfer_over_the_limit_of_buffered_bytes() -> None:
+    """Longer than the pool and than what may be held outside: retryable, told to both."""
+    async with pair(max_buffered_bytes=1000) as (receiver, sender):
+        transfer = await granted(sender.claim(receiver.expect("r")))
+        receiving = asyncio.ensure_future(wait_for(receiver.receive("r")))
+        transfer.send(tensors_of(500))
+        for error in [await error_of(transfer), await error_of(receiving)]:
+            assert isinstance(error, Rejected)
+            assert error.retryable
+            assert "over max_buffered_bytes=1000" in error.message
+        await sender.send(receiver.expect("small"), tensors_of(100))
+        (await receiver.receive("small")).release()
+        assert_idle(receiver, sender)
+
+
+async def test_more_peers_than_a_receiver_takes() -> None:
+    """The third sender is refused with a retryable error; when one has left there is room."""
+    async with pair(max_peers=2) as (receiver, first):
+        await first.send("1", tensors_of(1), to=receiver.address)
+        async with Sender(SCHEMA) as third:
+            async with Sender(SCHEMA) as second:
+                await second.send("2", tensors_of(1), to=receiver.address)
+                error = await error_of(third.send("3", tensors_of(1), to=receiver.address))
+                assert "too many peers (2)" in error.message
+                assert error.retryable
+            await third.send("3", tensors_of(1), to=receiver.address)
+        for name in "123":
+            (await receiver.receive(name)).release()
