@@ -269,6 +269,14 @@ class Receiving(Process):
             raise Violation(f"the lease of {lease.number} was overwritten")
         self._give_back(lease.number, lease.allocations)
 
+    def abandon(self, failure: Failure) -> None:
+        for number in self.endpoint.numbers():
+            self.endpoint.fail(number, failure, self.world.now)
+
+    def is_settled(self) -> bool:
+        numbers = self.endpoint.numbers()
+        return all(self.endpoint.transfer(number).is_settled for number in numbers)
+
     def check(self) -> None:
         """Check that every block has one owner, and that all are accounted for."""
         counts = self.pool.counts()

@@ -100,6 +100,13 @@ class Sending(Process):
         if target is not None:
             self.world.after(delay, lambda: target.land(position, token), self)
 
+    def abandon(self, failure: Failure) -> None:
+        for generation in self.totals:
+            self.endpoint.fail(generation, failure, self.world.now)
+
+    def is_settled(self) -> bool:
+        return not self.endpoint.num_live
+
     def check(self) -> None:
         """Check that what has been transferred only grows."""
         for generation, core in self.opened.items():

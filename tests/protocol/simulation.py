@@ -109,7 +109,8 @@ class Simulation:
     def receiver(self) -> Receiving | None:
         """Return a receiver that lives now."""
         process = self.world.at_address.get(self.chance.choice(self.receiver_addresses))
-        return process if isinstance(process, Receiving) else None
+        is_open = isinstance(process, Receiving) and not process.is_closing
+        return process if isinstance(process, Receiving) and is_open else None
 
     def sender(self) -> Sending | None:
         """Return a sender that lives now."""
@@ -275,12 +276,21 @@ class Simulation:
         process = self.world.at_address.get(self.chance.choice(addresses))
         if process is None:
             return
-        happenings = [self.restart, self.restart, self.stop, self.stop, self.cut]
+        happenings = [self.restart, self.restart, self.stop, self.stop, self.cut, self.close]
         self.chance.choice(happenings)(process)
 
     def restart(self, process: Process) -> None:
         """Kill a process; soon after, another life begins at its address."""
         process.crash()
+        self.mourn(process)
+
+    def close(self, process: Process) -> None:
+        """Close a process in good order, as far as it gets; another life begins soon after."""
+        process.when_closed = lambda: self.mourn(process)
+        process.later(0.0, process.close)
+
+    def mourn(self, process: Process) -> None:
+        """Let another life begin at the address of a dead process, and everybody learn of it."""
         self.world.after(self.chance.random(), lambda: self.begin_again(process))
         for other in self.world.processes:
             self.notice(other, process)

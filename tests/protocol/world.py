@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from aiomm.errors import Failure
+from aiomm.errors import Failure, Reason
 from aiomm.protocol import commands as do
 from aiomm.protocol.endpoint import Endpoint
 from aiomm.protocol.session import Path, Timing
@@ -124,6 +124,8 @@ class Process:
         self.is_alive = True
         self.paused_until = 0.0
         self.was_paused = False
+        self.is_closing = False
+        self.when_closed: Action = lambda: None
         self.outcomes: dict[int, Failure | None] = {}
         """By number or generation: None is success. One outcome each."""
         self.greeted: list[int] = []
@@ -154,6 +156,29 @@ class Process:
         self.paused_until = self.world.now + seconds
         self.was_paused = True
 
+    def close(self) -> None:
+        """Give everything up; say goodbye when no write can land any more, and only then."""
+        failure = Failure(Reason.CLOSED, f"{self.address} was closed")
+        self.is_closing = True
+        self.abandon(failure)
+        self.pump()
+
+    def _close_if_settled(self) -> None:
+        if self.is_closing and self.is_alive and self.is_settled():
+            self.endpoint.say_goodbye(Failure(Reason.CLOSED, f"{self.address} was closed"))
+            for command in self.endpoint.commands(self.world.now):
+                self._carry_out(command)
+            self.crash()
+            self.when_closed()
+
+    def abandon(self, failure: Failure) -> None:
+        """Fail everything that is not done."""
+        raise NotImplementedError
+
+    def is_settled(self) -> bool:
+        """Tell whether no write runs or can land any more."""
+        raise NotImplementedError
+
     def later(self, delay: float, action: Action) -> None:
         """Let `action` of this process happen, then drain the endpoint."""
 
@@ -173,6 +198,7 @@ class Process:
         if at is not None and (self._timer_at is None or at < self._timer_at):
             self._timer_at = at
             self.world.after(max(0.0, at - self.world.now), lambda: self._timer(at), self)
+        self._close_if_settled()
 
     def _timer(self, at: float) -> None:
         if self._timer_at == at:

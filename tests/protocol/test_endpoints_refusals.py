@@ -1,0 +1,329 @@
+"""What is refused, too much, too late or broken, and that it harms nobody else."""
+
+from __future__ import annotations
+
+import pytest
+
+from aiomm.errors import Reason, Rejected
+from aiomm.protocol import frames
+from aiomm.protocol.commands import Release
+from aiomm.protocol.events import TokensReady
+from aiomm.protocol.frames import FieldSpec, Hello
+from aiomm.types import TransferId
+
+from .pairs import GIVEN_UP, Pair, message, reason
+from .receiving_process import Receiving
+from .sending_process import Sending
+from .world import OTHER_SCHEMA
+
+
+class TestSchemas:
+    """Both sides must mean the same tensors."""
+
+    def test_a_ticket_in_wrong_hands_fails_on_both_sides(self) -> None:
+        """At once, and each is told what differs."""
+        pair = Pair(schema=OTHER_SCHEMA)
+        number = pair.expect()
+        generation = pair.claim()
+        pair.wait(0.1)
+        assert "embeddings is float32[8]" in message(pair.receiver, number)
+        assert reason(pair.sender, generation) is Reason.SCHEMA
+        pair.check_settled()
+
+    def test_an_offer_of_something_else_fails_on_both_sides(self) -> None:
+        """The receiver does not wait for its deadline."""
+        pair = Pair(schema=OTHER_SCHEMA)
+        pair.offer()
+        number = pair.redeem()
+        pair.wait(0.1)
+        assert reason(pair.receiver, number) is Reason.SCHEMA
+        pair.check_settled()
+
+    def test_a_stranger_with_another_schema_harms_nobody(self) -> None:
+        """The request waits for the right sender."""
+        pair = Pair()
+        number = pair.receive()
+        stranger = Sending(pair.world, "stranger", schema=OTHER_SCHEMA)
+        core = stranger.endpoint.open(
+            "request", timeout=9.0, now=0.0, path=stranger.path_to("receiver")
+        )
+        stranger.pump()
+        pair.wait()
+        assert reason(stranger, core.id.generation) is Reason.SCHEMA
+        assert number not in pair.receiver.outcomes
+        pair.open()
+        pair.wait()
+        assert reason(pair.receiver, number) is None
+
+    @pytest.mark.parametrize("side", ["sender", "receiver"])
+    def test_a_dtype_of_the_future(self, side: str) -> None:
+        """It is told as a difference, not as a crash."""
+        pair = Pair()
+        process = pair.sender if side == "sender" else pair.receiver
+        assert isinstance(process, Sending | Receiving)
+        strange = (FieldSpec("embeddings", "float4_e2m1", (8,)),)
+        process.endpoint.hello = Hello("sender" if side == "sender" else "receiver", "x", strange)
+        generation = pair.open()
+        pair.wait()
+        assert reason(pair.sender, generation) is Reason.SCHEMA
+        assert "float4_e2m1" in message(pair.sender, generation)
+
+    def test_a_difference_too_long_for_a_frame(self) -> None:
+        """It is cut; it does not stop the link."""
+        pair = Pair()
+        many = tuple(FieldSpec(f"{'x' * 120}{n}", "int8", ()) for n in range(64))
+        pair.sender.endpoint.hello = Hello("sender", "x", many)
+        generation = pair.open()
+        pair.wait()
+        assert len(message(pair.sender, generation)) == 2048
+        pair.check_settled()
+
+
+class TestLimits:
+    """What is over a limit is told, never dropped."""
+
+    def test_too_many_requests(self) -> None:
+        """The receiver's own are refused; a sender's are busy, and may come again."""
+        pair = Pair()
+        pair.receiver.crash()
+        pair.receiver = Receiving(pair.world, "receiver", blocks=4, max_requests=1)
+        pair.expect()
+        with pytest.raises(Rejected, match="1 requests are open") as caught:
+            pair.expect("other")
+        assert caught.value.retryable
+        generation = pair.open("other")
+        pair.wait()
+        assert reason(pair.sender, generation) is Reason.BUSY
+
+    def test_too_many_wait_for_blocks(self) -> None:
+        """The queue is full: busy, on both sides."""
+        pair = Pair()
+        pair.receiver.crash()
+        pair.receiver = Receiving(pair.world, "receiver", blocks=1, max_waiting=1)
+        for name in "abc":
+            pair.open(name, tokens=None)
+        pair.wait()
+        reasons = [reason(pair.sender, number) for number in pair.sender.outcomes]
+        assert reasons == [Reason.BUSY]
+
+    def test_too_many_transfers_wait_for_a_receiver(self) -> None:
+        """The sender's user may try again later."""
+        pair = Pair()
+        sender = Sending(pair.world, "other", max_waiting=1)
+        sender.endpoint.open("a", timeout=1.0, now=0.0)
+        with pytest.raises(Rejected) as caught:
+            sender.endpoint.open("b", timeout=1.0, now=0.0)
+        assert caught.value.retryable
+
+    def test_too_many_receivers_wait_for_a_sender(self) -> None:
+        """The next one is busy."""
+        pair = Pair()
+        pair.sender.crash()
+        pair.sender = Sending(pair.world, "sender", max_waiting=1)
+        first, second = pair.redeem("a", b""), pair.redeem("b", b"")
+        pair.wait()
+        assert first not in pair.receiver.outcomes
+        assert reason(pair.receiver, second) is Reason.BUSY
+
+    def test_a_transfer_that_is_too_long_is_refused_when_it_is_claimed(self) -> None:
+        """On both sides at once, where it is the ticket's."""
+        pair = Pair()
+        number = pair.expect()
+        generation = pair.claim(tokens=1001)
+        pair.wait(0.1)
+        assert (
+            message(pair.sender, generation) == "1001 tokens, but this receiver takes at most 1000"
+        )
+        assert reason(pair.receiver, number) is Reason.REJECTED
+        pair.check_settled()
+
+    def test_a_transfer_that_turns_out_too_long(self) -> None:
+        """Announced later, it is aborted then."""
+        pair = Pair()
+        generation = pair.open(tokens=None)
+        pair.wait()
+        pair.ready(generation, 1001, 1001)
+        pair.wait()
+        assert reason(pair.sender, generation) is Reason.REJECTED
+        pair.check_settled()
+
+    def test_a_stream_that_does_not_end(self) -> None:
+        """It is cut at the limit, although it has never told a length."""
+        pair = Pair(blocks=20)
+        generation = pair.open(tokens=None, timeout=300.0)
+        pair.ready(generation, 5000, None)
+        pair.wait(60.0)
+        assert "tokens, but this receiver takes at most 1000" in message(pair.sender, generation)
+        pair.check_settled()
+
+    @pytest.mark.parametrize("name", ["", "x" * 513, "\udc80"])
+    def test_request_ids_that_cannot_travel(self, name: str) -> None:
+        """They are refused where they come from: a frame that cannot be read stops a link."""
+        pair = Pair()
+        for call in (pair.expect, pair.receive, pair.redeem, pair.open, pair.offer):
+            with pytest.raises(ValueError, match="request id"):
+                call(name)
+        assert pair.sender.endpoint.num_live == 0
+        assert pair.receiver.endpoint.numbers() == []
+
+    def test_metadata_that_cannot_travel(self) -> None:
+        """The same, also when it comes later."""
+        pair = Pair()
+        generation = pair.open(tokens=None)
+        ready = TokensReady(1, 1, b"x" * 40_000)
+        with pytest.raises(ValueError, match="metadata"):
+            pair.sender.endpoint.tokens_ready(generation, ready, 0.0)
+
+
+class TestDeadlines:
+    """Durations, kept by each side on its own clock."""
+
+    def test_nobody_claims(self) -> None:
+        """The soft hold goes back."""
+        pair = Pair()
+        number = pair.expect(timeout=1.0)
+        pair.wait(1.1)
+        assert message(pair.receiver, number) == (
+            "'request' was not done within 1 s: no sender has claimed it"
+        )
+        pair.check_settled()
+
+    @pytest.mark.parametrize("late", ["sender", "receiver"])
+    def test_the_encoder_takes_too_long(self, late: str) -> None:
+        """Either side's deadline ends it on both, and says in which state it stood."""
+        pair = Pair()
+        number = pair.expect(timeout=1.0 if late == "receiver" else 9.0)
+        generation = pair.claim(tokens=None, timeout=1.0 if late == "sender" else 9.0)
+        pair.wait(1.2)
+        assert reason(pair.receiver, number) is Reason.TIMEOUT
+        assert reason(pair.sender, generation) is Reason.TIMEOUT
+        assert "not done within 1 s: in SENDING" in message(pair.sender, generation)
+        pair.check_settled()
+
+    def test_a_result_that_nobody_takes(self) -> None:
+        """Its blocks come back at the deadline, and the request id is free."""
+        pair = Pair()
+        pair.receiver.is_forgetful = True
+        pair.world.random.random = lambda: 0.05  # type: ignore[method-assign]
+        number = pair.expect(timeout=3.0)
+        pair.claim()
+        pair.wait(1.0)
+        assert reason(pair.receiver, number) is None
+        assert pair.receiver.pool.num_free < 8
+        pair.wait(3.0)
+        assert pair.receiver.pool.num_free == 8
+        assert not pair.receiver.endpoint.is_wanted(number)
+        pair.check_settled()
+
+    def test_many_requests_that_ended_long_before_their_deadline(self) -> None:
+        """Their deadlines are not kept."""
+        pair = Pair()
+        for _ in range(1100):
+            number = pair.receiver.endpoint.receive("request", 1e6, 0.0)
+            pair.receiver.endpoint.taken(number)
+            pair.give_up(pair.receiver, number)
+            pair.give_up(pair.sender, pair.open(to=None, timeout=1e6))
+        assert len(pair.receiver.endpoint._deadlines) < 1050
+        assert len(pair.sender.endpoint._deadlines) < 1050
+        pair.sender.endpoint.fail(99, GIVEN_UP, 0.0)
+        pair.receiver.endpoint.taken(99)
+
+    def test_answers_for_a_request_that_is_forgotten(self) -> None:
+        """Blocks that come too late go back; other answers mean nothing any more."""
+        pair = Pair()
+        pair.receiver.endpoint.drained(99, 0.0)
+        blocks = pair.receiver.pool.allocate(2)
+        assert blocks is not None
+        pair.receiver.endpoint.reserved(99, blocks, False, 0.0)
+        assert pair.receiver.endpoint.commands(0.0) == [Release(99, (blocks,))]
+
+    def test_who_is_known(self) -> None:
+        """Questions the driver asks."""
+        pair = Pair()
+        number, generation = pair.expect(), pair.claim(tokens=None)
+        assert pair.receiver.endpoint.number_of("request") == number
+        assert pair.receiver.endpoint.number_of("other") is None
+        assert pair.receiver.endpoint.link_of(number) == 0
+        assert pair.sender.endpoint.has(generation)
+        assert not pair.sender.endpoint.has(99)
+        assert pair.sender.endpoint.peer_of(99) == 0
+
+
+class TestBrokenPeers:
+    """What no peer of ours would do."""
+
+    def test_a_chunk_that_nobody_granted(self) -> None:
+        """The transfer fails on both sides, for a reason; the link goes on."""
+        pair = Pair()
+        number = pair.expect()
+        generation = pair.claim(tokens=None)
+        pair.wait()
+        session = pair.sender.endpoint.sessions[pair.receiver.epoch]
+        session.send(frames.Written(TransferId("request", generation), 3, 0, 1, None))
+        pair.sender.pump()
+        pair.wait()
+        assert reason(pair.receiver, number) is Reason.PROTOCOL
+        assert "the sender broke the protocol: tokens written that nobody granted" in message(
+            pair.receiver, number
+        )
+        assert reason(pair.sender, generation) is Reason.PROTOCOL
+        assert pair.receiver.endpoint.counters["violations"] == 1
+        pair.check_settled()
+
+    def test_an_acceptance_of_what_was_never_sent(self) -> None:
+        """The same for the sender."""
+        pair = Pair()
+        generation = pair.open(tokens=None)
+        pair.wait()
+        session = pair.receiver.endpoint.sessions[pair.sender.epoch]
+        session.send(frames.Accepted(TransferId("request", generation)))
+        pair.receiver.pump()
+        pair.wait()
+        assert "the receiver broke the protocol" in message(pair.sender, generation)
+        pair.check_settled()
+
+    def test_the_same_offer_twice(self) -> None:
+        """The second one is ignored."""
+        pair = Pair()
+        generation = pair.open(tokens=None)
+        pair.wait()
+        session = pair.sender.endpoint.sessions[pair.receiver.epoch]
+        again = frames.Offer(TransferId("request", generation), b"", 0, None, b"", 9.0)
+        session.send(again)
+        pair.sender.pump()
+        pair.wait()
+        assert pair.receiver.endpoint.counters["of_no_transfer"] == 1
+        assert generation not in pair.sender.outcomes
+
+    def test_an_answer_to_somebody_elses_question(self) -> None:
+        """A redemption is answered by whom it was asked of, for what it was asked."""
+        pair = Pair()
+        number = pair.redeem("wanted", b"")
+        pair.wait()
+        session = pair.sender.endpoint.sessions[pair.receiver.epoch]
+        session.send(frames.Offer(TransferId("other", 50), b"", number, 1, b"", 9.0))
+        session.send(frames.Refuse(77, Reason.REJECTED, "no"))
+        pair.sender.pump()
+        pair.wait()
+        assert number not in pair.receiver.outcomes
+
+    def test_an_abort_of_something_long_forgotten(self) -> None:
+        """It is acknowledged all the same: nothing of it can land."""
+        pair = Pair()
+        pair.meet()
+        session = pair.receiver.endpoint.sessions[pair.sender.epoch]
+        session.send(frames.Abort(TransferId("old", 9), Reason.TIMEOUT, "late", False))
+        pair.receiver.pump()
+        pair.wait()
+        assert pair.receiver.endpoint.counters["of_no_transfer"] == 1
+
+    def test_a_refusal_of_what_was_asked(self) -> None:
+        """Whatever its reason."""
+        pair = Pair()
+        number = pair.redeem(key=b"")
+        pair.wait()
+        session = pair.sender.endpoint.sessions[pair.receiver.epoch]
+        session.send(frames.Refuse(number, Reason.CLOSED, "closing"))
+        pair.sender.pump()
+        pair.wait()
+        assert reason(pair.receiver, number) is Reason.CLOSED
