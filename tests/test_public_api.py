@@ -57,7 +57,7 @@ def test_a_name_that_does_not_exist() -> None:
         ("Receiver.start", "self"),
         ("Receiver.aclose", "self"),
         ("Sender", "schema * bind planes **settings"),
-        ("Sender.claim", "self ticket * num_tokens timeout"),
+        ("Sender.claim", "self ticket * to num_tokens timeout"),
         ("Sender.send", "self request tensors * to metadata timeout"),
         ("Sender.offer", "self request_id tensors * metadata timeout"),
         ("Sender.start", "self"),
