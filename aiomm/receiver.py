@@ -260,10 +260,11 @@ class Receiver:
 
         Raises:
             Rejected: the request id is in use, or (retryable) too many requests are open.
-            PoolClosed: the receiver is closed.
+            PoolClosed: the receiver is closed, or could not start.
         """
         driver = self._driver
         starting = driver.ensure_started()
+        driver.check_startable()
         if self.address is None and driver.bind is not None and not starting.done():
             raise Rejected("bind to a port of your choice, or start the receiver before expect()")
         key = token_bytes(16)

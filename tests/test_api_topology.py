@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aiomm import PlaneUnavailable, Receiver, Rejected, Sender, Ticket
+from aiomm import PlaneUnavailable, PoolClosed, Receiver, Rejected, Sender, Ticket
 from aiomm.planes.memory import MemoryPlane
 
 from .conftest import LoopFactory, loop_factories
@@ -90,6 +90,26 @@ async def test_many_first_contacts_at_once_make_one_link() -> None:
             for name in "ta":
                 (await receiver.receive(f"{name}{i}")).release()
         assert_idle(receiver, sender)
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("control", ["zmq", "aiozmq"])
+async def test_every_control_channel(control: str) -> None:
+    """Without the stream of one host, over either library: resume, cancel, goodbye."""
+    async with pair(control=control, sender={"control": control}) as (receiver, sender):
+        transfer = await granted(sender.claim(receiver.expect("r")))
+        transfer.send(tensors_of(300))
+        async with receiver.receive("r") as lease:
+            assert same(dict(lease), tensors_of(300))
+        await transfer
+        cancelled = await granted(sender.claim(receiver.expect("c")))
+        cancelled.cancel("enough")
+        assert (await error_of(receiver.receive("c"))).message == "enough"
+        waiting = asyncio.ensure_future(wait_for(receiver, "w"))
+        claimed = await granted(sender.claim("w", to=receiver.address))
+        await receiver.aclose()
+        assert isinstance(await error_of(claimed), PoolClosed)
+        assert isinstance(await error_of(waiting), PoolClosed)
 
 
 # The encoder listens.
@@ -251,6 +271,8 @@ async def test_an_address_that_is_taken() -> None:
             await second.start()
         with pytest.raises(OSError, match="in use"):
             await second.receive("r")
+        with pytest.raises(PoolClosed, match=r"could not start: .*in use"):
+            second.expect("r")  # its ticket would lead to the other one
         await second.aclose()
         sender = Sender(SCHEMA, bind=receiver.address)
         error = await error_of(sender.send("r", tensors_of(1), to=receiver.address))

@@ -97,8 +97,10 @@ class Driver(Generic[_Endpoint]):
             return
 
         def started(task: asyncio.Task[None]) -> None:
-            if task.cancelled() or task.exception() is not None:
-                fail(Failure(Reason.CLOSED, f"{self.name} could not start: {_cause(task)}"))
+            try:
+                self.check_startable()
+            except PoolClosed as exc:
+                fail(Failure(Reason.CLOSED, exc.message))
             else:
                 action()
 
@@ -125,6 +127,12 @@ class Driver(Generic[_Endpoint]):
         except OSError as exc:
             logger.info("! %s has no same-host stream: %s", self.name, exc)
             self.stream = None
+
+    def check_startable(self) -> None:
+        """Raise PoolClosed if this endpoint has tried to start and could not."""
+        task = self._starting
+        if task is not None and task.done() and not self.is_started:
+            raise PoolClosed(f"{self.name} could not start: {_cause(task)}")
 
     def check_open(self) -> None:
         """Raise PoolClosed if this endpoint is closed or closing."""
