@@ -96,6 +96,7 @@ class Simulation:
             address,
             blocks=self.blocks,
             max_waiting=self.max_waiting,
+            max_peers=64 if self.is_calm else self.chance.choice([1, 2, 64, 64]),
             revokes=self.revokes,
             holds_leases_for=self.holds_leases_for,
             is_forgetful=not self.is_calm,
