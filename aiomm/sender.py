@@ -36,6 +36,9 @@ class Transfer:
 
     Awaiting it returns :class:`TransferStats` or raises the typed error. As with a task,
     cancelling the await cancels the transfer; use `asyncio.shield` to only stop waiting.
+
+    In `with sender.claim(ticket) as transfer:` around the encoder, an exception cancels the
+    transfer, and so does an exit before the tensors were given: the receiver learns it at once.
     """
 
     def __init__(self, sender: Sender, request_id: str, announced: int | None = None) -> None:
@@ -128,6 +131,20 @@ class Transfer:
                 return
             self._changes.clear()
             await self._changes.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is not None:
+            self.cancel(f"the encoder raised {type(exc).__name__}: {exc}")
+        elif self._tensors is None:
+            self.cancel("the encoder gave no tensors")
 
     def __await__(self) -> Generator[Any, None, TransferStats]:
         return self._wait().__await__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -48,6 +49,30 @@ async def test_the_encoder_gives_up_before_it_has_tensors() -> None:
             assert error.message == "the picture is broken"
             assert not error.retryable
         assert_idle(receiver, sender)
+
+
+async def test_the_encoder_raises_within_the_claim() -> None:
+    """`with sender.claim(ticket):` tells the receiver what was raised, or that nothing was sent."""
+    async with pair() as (receiver, sender):
+        with (
+            contextlib.suppress(ZeroDivisionError),
+            sender.claim(receiver.expect("r")) as transfer,
+        ):
+            await granted(transfer)
+            1 / 0  # noqa: B018
+        raised = "the encoder raised ZeroDivisionError: division by zero"
+        assert (await error_of(receiver.receive("r"))).message == raised
+        assert (await error_of(transfer)).message == raised
+        with sender.claim(receiver.expect("r")):
+            pass
+        nothing = "the encoder gave no tensors"
+        assert (await error_of(receiver.receive("r"))).message == nothing
+        with sender.claim(receiver.expect("r")) as transfer:
+            transfer.send(tensors_of(40))
+        async with receiver.receive("r") as lease:
+            assert lease.num_tokens == 40
+        await transfer
+        await receiver_used_again(receiver, sender)
 
 
 @pytest.mark.both_loops
