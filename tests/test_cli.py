@@ -93,6 +93,17 @@ def test_a_wrong_command_line_is_refused_with_2(arguments: list[str], complaint:
     assert complaint in " ".join(refused.output.split())
 
 
+@pytest.mark.parametrize("arguments", [["demo"], ["recv", *DEAF], ["send", "x", *DEAF]])
+def test_a_wrong_variable_is_refused_with_2(arguments: list[str]) -> None:
+    from typer.testing import CliRunner
+
+    from aiomm.cli.app import app
+
+    refused = CliRunner(env={"AIOMM_PEER_TIMEOUT": "long"}).invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert "variable AIOMM_PEER_TIMEOUT='long'" in refused.output
+
+
 class TestFiles:
     """Files that cannot be sent are told apart before anybody is asked to receive them."""
 

@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 
 from .. import __version__
+from ..config import ReceiverSettings, SenderSettings, settings_from
 from ..control.address import parse_address, require_allowed
 from ..types import Field, Schema
-from .running import finish
+from .running import Exit, fail, finish
 
 __all__ = ["app"]
 
@@ -117,6 +118,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Move requests between a language and an encoder process, and compare every byte."""
+    _check_environment()
     from ..demo.messages import Options
     from .demo import demonstrate
 
@@ -157,6 +159,7 @@ def send(
     """
     from .sending import SendOptions, send_files
 
+    _check_environment()
     _check_addresses(bind, connect, insecure=insecure)
     if request_id is not None and len(files) > 1:
         raise typer.BadParameter("one id is for one file", param_hint="--request-id")
@@ -201,6 +204,7 @@ def recv(
     """
     from .receiving import ReceiveOptions, receive_files
 
+    _check_environment()
     _check_addresses(bind, connect, insecure=insecure)
     options = ReceiveOptions(
         bind=bind,
@@ -220,6 +224,14 @@ def doctor(as_json: JsonOption = False) -> None:
     from .doctor import diagnose
 
     finish(diagnose(as_json=as_json, console=console), errors=errors)
+
+
+def _check_environment() -> None:
+    try:
+        settings_from(ReceiverSettings, {})
+        settings_from(SenderSettings, {})
+    except ValueError as exc:
+        raise fail(str(exc), Exit.USAGE, errors=errors) from None
 
 
 def _check_addresses(bind: str | None, connect: str | None, *, insecure: bool) -> None:
