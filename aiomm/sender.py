@@ -22,8 +22,8 @@ from .planes.base import Plane
 from .planes.registry import make_planes
 from .protocol.events import TokensReady
 from .protocol.frames import MAX_METADATA_NBYTES
+from .protocol.send_transfer import SendTransfer
 from .protocol.states import State
-from .protocol.transfer import SendTransfer
 from .types import Schema, Ticket, TransferStats
 
 __all__ = ["OfferedTicket", "Sender", "Transfer"]

@@ -42,9 +42,9 @@ from ..protocol.commands import (
     Unreserve,
 )
 from ..protocol.frames import Hello, PlaneOffer, specs_of
+from ..protocol.receive_transfer import ReceiveTransfer
 from ..protocol.receiving import ReceiveEndpoint
 from ..protocol.session import Timing
-from ..protocol.transfer import ReceiveTransfer
 from ..types import Allocation, Extent, Schema
 from .base import Driver, new_epoch
 

@@ -42,8 +42,8 @@ class Endpoint(ABC):
         self._max_peers = max_peers
         self._contacts: dict[Path, Contact] = {}
         """First contacts that wait for the peer's Hello."""
-        self._ended: dict[int, bool] = {}
-        """Lives that are over: a late packet must not begin them again. True: may still run."""
+        self._ended: dict[int, None] = {}
+        """Lives that are over: a late packet must not begin them again. Oldest first."""
         self._refused: set[Path] = set()
         self._commands: list[Command] = []
         self._deadlines: list[tuple[float, int]] = []
@@ -74,7 +74,7 @@ class Endpoint(ABC):
         elif packet.target_epoch == 0 and isinstance(packet.frame, Goodbye):
             self._turned_away(path, packet.frame, now)
         elif packet.source_epoch in self._ended:
-            self._of_an_ended_life(path, packet)
+            self._of_an_ended_life(path, packet, now)
         elif isinstance(packet.frame, Hello):
             self._hello_received(path, packet, packet.frame, now)
         elif packet.target_epoch == self.epoch:
@@ -268,16 +268,16 @@ class Endpoint(ABC):
             message = "this is another life of the process you mean"
             self._turn_away(path, Goodbye(Reason.PEER_LOST, message, packet.target_epoch))
 
-    def _of_an_ended_life(self, path: Path, packet: Packet) -> None:
+    def _of_an_ended_life(self, path: Path, packet: Packet, now: float) -> None:
+        """It is late, or its sender lives and one of the two has given up the other (for room)."""
         self.counters["of_an_ended_life"] += 1
-        goodbye = Goodbye(Reason.PEER_LOST, "this side has given you up; begin a new life")
-        if not self._ended[packet.source_epoch] or isinstance(packet.frame, Goodbye):
-            return
-        if isinstance(packet.frame, Hello):
-            self._turn_away(path, goodbye)
-        else:
-            last = Packet(PROTOCOL_VERSION, self.epoch, packet.source_epoch, 0, 0, goodbye)
+        peer, frame = packet.source_epoch, packet.frame
+        if not isinstance(frame, Goodbye):
+            goodbye = Goodbye(Reason.PEER_LOST, "this link has ended; begin a new life", peer)
+            last = Packet(PROTOCOL_VERSION, self.epoch, peer, 0, 0, goodbye)
             self._do([Transmit(path, encode(last))])
+        elif frame.absent == self.epoch and self._contacts.pop(path, None) is not None:
+            self._contact_failed(path, Failure(frame.reason, frame.message), now)
 
     def _turn_away(self, path: Path, goodbye: Goodbye) -> None:
         packet = Packet(PROTOCOL_VERSION, self.epoch, 0, 0, 0, goodbye)
@@ -323,7 +323,7 @@ class Endpoint(ABC):
 
     def _part(self, peer: int, failure: Failure, now: float) -> None:
         """The peer is gone for good, and nothing of it can write any more."""
-        self._ended[peer] = False
+        self._ended[peer] = None
         if len(self._ended) > MAX_ENDED_LIVES:
             del self._ended[next(iter(self._ended))]
         session = self.sessions.pop(peer, None)
@@ -336,6 +336,5 @@ class Endpoint(ABC):
         for peer, session in self.sessions.items():
             if session.is_lost and not self._is_needed(peer):
                 self._part(peer, Failure(Reason.BUSY, "forgotten in favour of new peers"), now)
-                self._ended[peer] = True
                 return True
         return False

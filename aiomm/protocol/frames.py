@@ -148,7 +148,7 @@ class Goodbye(_Struct, frozen=True):
     reason: Reason
     message: Message
     absent: Epoch = 0
-    """Addressed to no life: the life that is not here (any more), but another one."""
+    """The life that has no place here (any more): the one asked for, or the one that asked."""
 
 
 class Probe(_Struct, frozen=True):

@@ -32,9 +32,10 @@ from .commands import (
 )
 from .endpoint import Endpoint
 from .frames import Frame, Hello, PlaneOffer
+from .receive_transfer import ReceiveTransfer
 from .session import Path, Session, Timing
 from .states import IllegalTransition
-from .transfer import ProtocolViolation, ReceiveTransfer
+from .transfer import ProtocolViolation
 
 __all__ = ["ReceiveEndpoint"]
 

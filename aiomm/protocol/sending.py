@@ -17,9 +17,10 @@ from . import events, frames
 from .commands import Command, ProbeResult, SendFrame, Serve, Tell
 from .endpoint import Endpoint
 from .frames import Frame, Hello, Redeem
+from .send_transfer import SendTransfer
 from .session import Path, Session, Timing
 from .states import IllegalTransition
-from .transfer import ProtocolViolation, SendTransfer
+from .transfer import ProtocolViolation
 
 __all__ = ["SendEndpoint"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from aiomm.errors import Failure, Reason
 from aiomm.protocol import commands as do
 from aiomm.protocol.frames import Hello, specs_of
+from aiomm.protocol.send_transfer import SendTransfer
 from aiomm.protocol.sending import SendEndpoint
-from aiomm.protocol.transfer import SendTransfer
 from aiomm.types import Extent, Schema, TransferId
 
 from .receiving_process import Receiving

@@ -102,13 +102,30 @@ class TestTurnedAway:
         first = old.endpoint.open("x", timeout=9.0, now=pair.now, path=old.path_to("receiver"))
         old.pump()
         pair.wait()
-        assert "given you up" in message(old, first.id.generation)
+        assert "this link has ended" in message(old, first.id.generation)
         second = old.endpoint.open("y", timeout=9.0, now=pair.now, path=old.path_to("receiver"))
         old.pump()
         pair.wait()
-        assert "given you up" in message(old, second.id.generation)
+        assert "this link has ended" in message(old, second.id.generation)
         goodbye = Packet(1, old.epoch, pair.receiver.epoch, 0, 0, Goodbye(Reason.CLOSED, "bye"))
         pair.inject_packet(goodbye, old, pair.receiver)
+
+    def test_a_peer_that_was_given_up_is_contacted_again(self) -> None:
+        """It still has the link: it is told, and the contact ends, now and the next time."""
+        pair = Pair()
+        pair.receiver.crash()
+        pair.receiver = Receiving(pair.world, "receiver", blocks=4, max_peers=1)
+        pair.meet()
+        path = pair.receiver.path_to("sender")
+        pair.receiver.endpoint.path_lost(path, "cut", pair.now)
+        given_up, pair.sender = pair.sender, Sending(pair.world, "other")
+        pair.meet()
+        for _ in range(2):
+            number = pair.redeem(key=b"")
+            pair.wait(3.0)
+            assert "this link has ended" in message(pair.receiver, number)
+        assert given_up.endpoint.sessions == {}
+        pair.check_settled()
 
     def test_a_lost_receiver_makes_room_at_the_sender(self) -> None:
         """The same on the other side, and only for a receiver without transfers."""

@@ -13,8 +13,10 @@ from aiomm.errors import Failure, Reason
 from aiomm.protocol import commands as do
 from aiomm.protocol import events, frames
 from aiomm.protocol.frames import Packet
+from aiomm.protocol.receive_transfer import ReceiveTransfer
+from aiomm.protocol.send_transfer import SendTransfer
 from aiomm.protocol.states import State
-from aiomm.protocol.transfer import ProtocolViolation, ReceiveTransfer, SendTransfer
+from aiomm.protocol.transfer import ProtocolViolation
 from aiomm.types import Extent, TransferId
 
 from .pairs import GIVEN_UP, Pair, reason

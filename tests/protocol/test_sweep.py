@@ -14,8 +14,10 @@ import pytest
 from aiomm.protocol import commands as do
 from aiomm.protocol import events
 from aiomm.protocol.events import ReceiveEvent, SendEvent
+from aiomm.protocol.receive_transfer import ReceiveTransfer
+from aiomm.protocol.send_transfer import SendTransfer
 from aiomm.protocol.states import State
-from aiomm.protocol.transfer import ProtocolViolation, ReceiveTransfer, SendTransfer
+from aiomm.protocol.transfer import ProtocolViolation
 from aiomm.types import Extent
 
 from .parts import BLOCK, FAILURE, TRANSFER, allocation

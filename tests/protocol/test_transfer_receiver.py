@@ -7,8 +7,9 @@ import pytest
 from aiomm.protocol import commands as do
 from aiomm.protocol import events, frames
 from aiomm.protocol.events import Reserved, Written
+from aiomm.protocol.receive_transfer import ReceiveTransfer
 from aiomm.protocol.states import State
-from aiomm.protocol.transfer import ProtocolViolation, ReceiveTransfer, one_run
+from aiomm.protocol.transfer import ProtocolViolation, one_run
 from aiomm.types import Extent
 
 from .parts import FAILURE, TRANSFER, allocation

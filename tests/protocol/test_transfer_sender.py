@@ -8,8 +8,9 @@ from aiomm.errors import Failure, Reason
 from aiomm.protocol import commands as do
 from aiomm.protocol import events, frames
 from aiomm.protocol.events import TokensReady, WriteFinished
+from aiomm.protocol.send_transfer import SendTransfer
 from aiomm.protocol.states import State
-from aiomm.protocol.transfer import ProtocolViolation, SendTransfer
+from aiomm.protocol.transfer import ProtocolViolation
 from aiomm.types import Extent
 
 from .parts import FAILURE, TRANSFER
