@@ -14,7 +14,7 @@ import pytest
 
 from aiomm.errors import Failure, Reason
 from aiomm.protocol import commands as do
-from aiomm.protocol import endpoint, events, frames, send_transfer
+from aiomm.protocol import endpoint, events, frames, transfer
 from aiomm.protocol.endpoint import Endpoint
 from aiomm.protocol.receive_transfer import ReceiveTransfer
 from aiomm.protocol.receiving import ReceiveEndpoint
@@ -239,7 +239,7 @@ def keep_blocks_granted_too_late(patch: pytest.MonkeyPatch) -> None:
 
 def write_past_the_extents(patch: pytest.MonkeyPatch) -> None:
     """The last extent of a write is one token too long."""
-    original = send_transfer.part_of
+    original = transfer.part_of
 
     def first(extents: tuple[Extent, ...], skip: int, count: int) -> tuple[Extent, ...]:
         chosen = original(extents, skip, count)
@@ -247,7 +247,7 @@ def write_past_the_extents(patch: pytest.MonkeyPatch) -> None:
             return chosen
         return (*chosen[:-1], Extent(chosen[-1].start, chosen[-1].stop + 1))
 
-    patch.setattr(send_transfer, "part_of", first)
+    patch.setattr("aiomm.protocol.send_transfer.part_of", first)
 
 
 def write_from_the_lowest_block(patch: pytest.MonkeyPatch) -> None:
