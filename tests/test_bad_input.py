@@ -6,10 +6,9 @@ Every test has a healthy transfer under way before the bad thing happens, which 
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -330,19 +329,6 @@ def of_another_version() -> bytes:
 
 
 # What this machine does not have.
-
-
-@contextmanager
-def memory_limit(nbytes: int) -> Any:
-    """Let this process have `nbytes` more of address space."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 async def test_no_memory_for_the_pool() -> None:
