@@ -6,7 +6,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-EXTRAS := uvloop,aiozmq,cli,vision
+EXTRAS := uvloop,aiozmq,checksum,cli,vision
 PHOTO  ?= $(VENV)/lib/python3.*/site-packages/matplotlib/mpl-data/sample_data/grace_hopper.jpg
 PYTEST ?= $(BIN)/python -m pytest
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \

@@ -54,11 +54,14 @@ class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class SenderSettings(EndpointSettings, frozen=True, kw_only=True):
     """What a Sender can be told."""
 
+    checksum: bool = False
+    """Send a checksum of every chunk, which the receiver verifies; needs `aiomm[checksum]`."""
+
 
 class ReceiverSettings(EndpointSettings, frozen=True, kw_only=True):
     """What a Receiver can be told."""
 
-    blocks: _Positive = 64
+    blocks: Annotated[int, Meta(ge=1, le=2**22)] = 64
     """Blocks of the pool."""
     block_size: _Positive = 128
     """Tokens per block."""

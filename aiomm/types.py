@@ -97,7 +97,7 @@ class Schema(Mapping[str, Field]):
 
     __slots__ = ("_fields",)
 
-    def __init__(self, **fields: Field) -> None:
+    def __init__(self, /, **fields: Field) -> None:
         if not 1 <= len(fields) <= MAX_FIELDS:
             raise IncompatibleSchema(f"a schema has 1 to {MAX_FIELDS} fields, got {len(fields)}")
         for name, field in fields.items():

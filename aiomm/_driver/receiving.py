@@ -17,6 +17,7 @@ import msgspec
 
 from ..buffers.arena import Arena, HostArena
 from ..buffers.arrays import load_array_library
+from ..buffers.checksum import checksum_of_extents
 from ..buffers.layout import ByteRange, Layout
 from ..buffers.pool import BlockPool
 from ..buffers.queue import QueueFull, ReservationQueue
@@ -40,6 +41,7 @@ from ..protocol.commands import (
     Reserve,
     ReserveRest,
     Unreserve,
+    Verify,
 )
 from ..protocol.frames import Hello, PlaneOffer, specs_of
 from ..protocol.receive_transfer import ReceiveTransfer
@@ -234,6 +236,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 self._quarantine(number, allocations)
             case Release(number, allocations):
                 self._release(number, allocations)
+            case Verify(number, extents, checksum):
+                self.spawn(self._verify(number, extents, checksum), f"verify {number}")
             case MoveOut(number, extents, total):
                 self._copy_out(number, extents, total, self.endpoint.moved_out)
             case Join(number, extents, total):
@@ -408,6 +412,19 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             delivery.joined = joined
             self.free(allocations)
         self._pump_queue()
+        self.pump()
+
+    async def _verify(self, number: int, extents: tuple[Extent, ...], checksum: bytes) -> None:
+        """Compare a chunk as it lies in the pool. Blocks that are given up meanwhile do no harm."""
+        try:
+            found = await self.loop.run_in_executor(
+                self._copier, checksum_of_extents, self.layout, self.arena, extents
+            )
+        except Exception as exc:  # no xxhash here, or the pool is closing
+            failure = Failure(Reason.REJECTED, f"the checksum cannot be verified: {exc}")
+            self.endpoint.fail(number, failure, self.now())
+        else:
+            self.endpoint.verified(number, found == checksum, self.now())
         self.pump()
 
     # Copies out of the pool.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar, Protocol
 
+from ..buffers.checksum import checksum_of_rows, new_checksum
 from ..buffers.tensors import TokenRows
 from ..config import SenderSettings
 from ..errors import AiommError, Failure, PlaneUnavailable, Reason, error_from
@@ -65,6 +66,7 @@ class SendDriver(Driver[SendEndpoint]):
     """
 
     listens: ClassVar[bool] = False
+    settings: SenderSettings
 
     def __init__(
         self,
@@ -75,6 +77,8 @@ class SendDriver(Driver[SendEndpoint]):
         name: str,
     ) -> None:
         super().__init__(settings, bind, name)
+        if settings.checksum:
+            new_checksum()  # an ImportError now, not at the first write
         self.planes = planes
         self.endpoint = SendEndpoint(
             new_epoch(),
@@ -217,19 +221,30 @@ class SendDriver(Driver[SendEndpoint]):
     async def _write(
         self, transfer: TransferId, sequence: int, start: int, extents: tuple[Extent, ...]
     ) -> None:
-        generation = transfer.generation
+        generation, checksum = transfer.generation, b""
         try:
             route = self._used[generation] = await self._route_of(generation)
             if generation in self.watchers:  # it has not failed while a plane was looked for
                 runs = runs_of(self.sources[generation], route, start, extents)
                 await route.arena.write(GrantKey(route.link, generation, sequence), runs)
+                checksum = await self._checksum(generation, route, start, extents)
         except Exception as exc:  # whatever a plane raises fails this transfer and no other
             await self._end_of(generation)
             self.endpoint.write_failed(generation, _failure_of(exc), self.now())
         else:
-            self.endpoint.write_finished(generation, self.now())
+            self.endpoint.write_finished(generation, self.now(), checksum)
         self.pump()
         self._let_go(generation)
+
+    async def _checksum(
+        self, generation: int, route: Route, start: int, extents: tuple[Extent, ...]
+    ) -> bytes:
+        """Return the checksum of what was written; empty if none is wanted."""
+        if not self.settings.checksum:
+            return b""
+        count = sum(extent.num_tokens for extent in extents)
+        rows = self.sources[generation]
+        return await asyncio.to_thread(checksum_of_rows, rows, route.layout.schema, start, count)
 
     async def _end_of(self, generation: int) -> None:
         """Return when the transfer has ended, or soon.

@@ -26,7 +26,7 @@ from .pool import BlockPool
 
 __all__ = ["QueueFull", "ReservationQueue"]
 
-MAX_GRANT_BLOCKS = 4096
+MAX_GRANT_BLOCKS = 2048  # a Grant of so many, each a run of its own, fits into a packet
 
 
 class QueueFull(Rejected):

@@ -227,5 +227,5 @@ def _terminate(
             done.set_result(None)
 
     thread = threading.Thread(target=run, name="aiomm-zmq-close", daemon=True)
-    thread.start()
+    loop.call_soon(thread.start)  # aiozmq closes its sockets in the next turn of the loop
     return done

@@ -47,6 +47,8 @@ class Faults:
     late_at: int | None = None
     """The write that fails at once, and whose bytes land when :meth:`RemoteArena.quiesce` is
     awaited: not a byte earlier, and after that none."""
+    corrupt_at: int | None = None
+    """The write whose first byte arrives changed, and that nobody notices without a checksum."""
     stall_at: int | None = None
     """The write that waits for :meth:`release` before its first byte."""
     num_writes: int = 0
@@ -184,6 +186,8 @@ class _MemoryArena(RemoteArena):
             self._copy([replace(run, count=run.count // 2) for run in runs])
             raise PlaneUnavailable(f"memory: write {number} is short on demand")
         self._copy(runs)
+        if number == faults.corrupt_at and runs:
+            self._export.arena.view(runs[0].offset, 1)[0] ^= 1
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -35,6 +35,7 @@ __all__ = [
     "TransferCommand",
     "Transmit",
     "Unreserve",
+    "Verify",
     "Write",
 ]
 
@@ -131,6 +132,15 @@ class Release:
 
     number: int
     allocations: tuple[Allocation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Receiver: compare the checksum of the tokens in `extents`. Ends in Verified."""
+
+    number: int
+    extents: tuple[Extent, ...]
+    checksum: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +245,7 @@ TransferCommand: TypeAlias = (
     | Permit
     | Quarantine
     | Release
+    | Verify
     | MoveOut
     | Join
     | Deliver

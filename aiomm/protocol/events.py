@@ -30,6 +30,7 @@ __all__ = [
     "Resumed",
     "SendEvent",
     "TokensReady",
+    "Verified",
     "WriteFailed",
     "WriteFinished",
     "Written",
@@ -97,6 +98,9 @@ class TokensReady:
 class WriteFinished:
     """Sender: the write that runs has landed whole."""
 
+    checksum: bytes = b""
+    """Over the tokens written, if they are to be verified on arrival."""
+
 
 @dataclass(frozen=True, slots=True)
 class WriteFailed:
@@ -143,6 +147,15 @@ class Written:
     start: int
     count: int
     total: int | None
+    checksum: bytes = b""
+    """To be verified before the chunk counts; empty if it need not be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Receiver: the checksum of the oldest chunk that does not count yet was compared."""
+
+    matches: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +185,7 @@ ReceiveEvent: TypeAlias = (
     | Reserved
     | Refused
     | Written
+    | Verified
     | MovedOut
     | Joined
     | Failed

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import assert_never
 
-from ..errors import Failure
+from ..errors import Failure, Reason
 from ..types import Allocation, Extent, TransferId
 from . import frames
 from .commands import (
@@ -19,6 +20,7 @@ from .commands import (
     ReserveRest,
     SendFrame,
     Unreserve,
+    Verify,
 )
 from .events import (
     Aborted,
@@ -35,6 +37,7 @@ from .events import (
     Refused,
     Reserved,
     Resumed,
+    Verified,
     Written,
 )
 from .states import State
@@ -68,6 +71,8 @@ class ReceiveTransfer(Transfer):
         self._is_copying = False
         self._is_sealed = False
         self._is_quarantined = False
+        self._uncounted: deque[Written] = deque()
+        """Chunks whose checksum is being compared, or that wait behind such a one."""
 
     @property
     def is_claimed(self) -> bool:
@@ -96,6 +101,8 @@ class ReceiveTransfer(Transfer):
                 return self._refused()
             case Written():
                 return self._written(event, now)
+            case Verified(matches):
+                return self._verified(matches, now)
             case MovedOut():
                 return self._moved_out()
             case Joined():
@@ -190,14 +197,44 @@ class ReceiveTransfer(Transfer):
 
     def _landed(self) -> tuple[Extent, ...]:
         """The extents that hold the tokens that are still in the pool, in their order."""
-        granted = tuple(extent for each in self._allocations for extent in each.extents)
-        return one_run(part_of(granted, 0, self.transferred_tokens - self._moved_tokens))
+        return one_run(part_of(self._held(), 0, self.transferred_tokens - self._moved_tokens))
+
+    def _extents_of(self, event: Written) -> tuple[Extent, ...]:
+        return part_of(self._held(), event.start - self._moved_tokens, event.count)
+
+    def _held(self) -> tuple[Extent, ...]:
+        return tuple(extent for each in self._allocations for extent in each.extents)
 
     def _written(self, event: Written, now: float) -> Commands:
         if self.state.is_terminal:
             return []
         self._check_written(event)
         self._learn_total(event.total)
+        self._uncounted.append(event)
+        return self._count_chunks(now) if len(self._uncounted) == 1 else []
+
+    def _count_chunks(self, now: float) -> Commands:
+        """Count what has landed, in order, up to a chunk that has to be verified first."""
+        commands: Commands = []
+        while self._uncounted and not self._is_sealed:
+            event = self._uncounted[0]
+            if event.checksum:
+                return [*commands, Verify(self.number, self._extents_of(event), event.checksum)]
+            commands += self._count_chunk(self._uncounted.popleft(), now)
+        return commands
+
+    def _verified(self, matches: bool, now: float) -> Commands:
+        if self.state.is_terminal:
+            return []
+        event = self._uncounted.popleft()
+        if not matches:
+            stop = event.start + event.count
+            message = f"tokens {event.start} to {stop} arrived changed: their checksum is another"
+            return self._fail(Failure(Reason.PLANE, message), now, self._may_be_written())
+        commands = self._count_chunk(event, now)
+        return commands + self._count_chunks(now)
+
+    def _count_chunk(self, event: Written, now: float) -> Commands:
         self._count(event.sequence, event.count)
         if self.transferred_tokens == self.total:
             return self._complete(now)
@@ -214,12 +251,13 @@ class ReceiveTransfer(Transfer):
             raise ProtocolViolation(f"tokens written that nobody granted, in {self.state}")
         begin = self._borders[event.sequence - 1] if event.sequence else 0
         stop = event.start + event.count
-        if event.start != self.transferred_tokens or not (
+        arrived = self.transferred_tokens + sum(each.count for each in self._uncounted)
+        if event.start != arrived or not (
             begin <= event.start and stop <= self._borders[event.sequence]
         ):
             raise ProtocolViolation(
                 f"tokens {event.start} to {stop} written in grant {event.sequence}, expected "
-                f"from {self.transferred_tokens} on, up to {self._borders[event.sequence]}"
+                f"from {arrived} on, up to {self._borders[event.sequence]}"
             )
 
     def _complete(self, now: float) -> Commands:

@@ -208,6 +208,10 @@ class ReceiveEndpoint(Endpoint):
         """The pool cannot give the whole rest now."""
         self._feed(number, events.Refused(), now)
 
+    def verified(self, number: int, matches: bool, now: float) -> None:
+        """The checksum of a chunk was compared."""
+        self._feed(number, events.Verified(matches), now)
+
     def moved_out(self, number: int, now: float) -> None:
         """The buffered chunks are out of the pool."""
         self._feed(number, events.MovedOut(), now)
@@ -321,8 +325,8 @@ class ReceiveEndpoint(Endpoint):
             case frames.Announce(transfer, total, metadata):
                 announced = events.Announced(total, metadata)
                 self._unless_too_long(session, transfer, total, announced, now)
-            case frames.Written(transfer, sequence, start, count, total):
-                written = events.Written(sequence, start, count, total)
+            case frames.Written(transfer, sequence, start, count, total, checksum):
+                written = events.Written(sequence, start, count, total, checksum)
                 length = max(start + count, total or 0)
                 self._unless_too_long(session, transfer, length, written, now)
             case frames.Abort(transfer, _, _, drained):

@@ -24,6 +24,7 @@ from .world import (
     Violation,
     World,
     Writer,
+    checksum_of,
 )
 
 
@@ -120,6 +121,8 @@ class Receiving(Process):
                 self._quarantine(number, allocations)
             case do.Release(number, allocations):
                 self._give_back(number, allocations)
+            case do.Verify(number, extents, checksum):
+                self._verify(number, extents, checksum)
             case do.MoveOut(number, extents, _):
                 self._copy(number, extents, self.endpoint.moved_out)
             case do.Join(number, extents, _):
@@ -132,6 +135,15 @@ class Receiving(Process):
                 self.endpoint.probed(peer, plane, matched=True)
             case _:
                 raise Violation(f"not a receiver's command: {command}")
+
+    def _verify(self, number: int, extents: tuple[Extent, ...], checksum: bytes) -> None:
+        """Compare later, with what lies there by then."""
+
+        def compare() -> None:
+            matches = checksum_of(self._read(extents)) == checksum
+            self.endpoint.verified(number, matches, self.world.now)
+
+        self.later(self.world.random.random() * 0.2, compare)
 
     def _reserve(self, number: int, num_tokens: int, claimed: bool) -> None:
         try:

@@ -85,7 +85,8 @@ class Sending(Process):
                 lambda: self._written(generation, failure),
             )
         else:
-            self.later(seconds, lambda: self._written(generation, None))
+            checksum = f"{start}+{len(positions)}".encode() if chance.random() < 0.3 else b""
+            self.later(seconds, lambda: self._written(generation, None, checksum))
 
     def _memory_of(self, generation: int) -> Receiving | None:
         peer = self.endpoint.peer_of(generation)
@@ -118,9 +119,9 @@ class Sending(Process):
             if self.endpoint.peer_of(generation) == peer and not core.state.is_terminal:
                 raise Violation(f"{self.address}: {generation} goes on, but its receiver is dead")
 
-    def _written(self, generation: int, failure: Failure | None) -> None:
+    def _written(self, generation: int, failure: Failure | None, checksum: bytes = b"") -> None:
         self._writing.discard(generation)
         if failure is None:
-            self.endpoint.write_finished(generation, self.world.now)
+            self.endpoint.write_finished(generation, self.world.now, checksum)
         else:
             self.endpoint.write_failed(generation, failure, self.world.now)

@@ -152,6 +152,7 @@ RECEIVE_SITUATIONS: dict[str, tuple[ReceiveEvent, ...]] = {
         events.Written(0, 8, 0, 8),
     ),
     "done": (CLAIMED, events.Reserved(FIRST), events.Written(0, 0, 8, 8)),
+    "verifying": (CLAIMED, events.Reserved(FIRST), events.Written(0, 0, 4, None, b"sum")),
     "failed": (CLAIMED, events.Failed(FAILURE)),
     "quarantined": (CLAIMED, events.Reserved(FIRST), events.Failed(FAILURE)),
     "failed-moving": (
@@ -162,26 +163,27 @@ RECEIVE_SITUATIONS: dict[str, tuple[ReceiveEvent, ...]] = {
         events.Failed(FAILURE),
     ),
 }
-# `Aborted`: the sender may still write; `Drops`: it gives up and has drained.
+# `Abort`: the sender may still write; `Drop`: it gives up and has drained.
 RECEIVE_ORACLE = """
-              Claimed Announced Reserved Refused Written Moved Joined Failed Aborted Drops  Drained
-expected      +       x         x        x       x       x     x      FAILED x       x      x
-claimed       x       +         SENDING  x       !       x     x      FAILED FAILED  FAILED .
-sending       x       +         x        .       .       x     x      FAILED FAILED  FAILED .
-early         x       .         x        .       .       x     x      FAILED FAILED  FAILED .
-asking        x       +         SENDING  +       !       x     x      FAILED FAILED  FAILED .
-moving        x       .         x        x       !       +     x      FAILED FAILED  FAILED .
-queued        x       +         SENDING  x       !       x     x      FAILED FAILED  FAILED .
-joining       x       !         +        x       !       x     DONE   FAILED FAILED  FAILED .
-ending        x       !         +        x       !       +     x      FAILED FAILED  FAILED .
-done          x       .         +        .       .       x     x      .      .       .      .
-failed        x       .         +        .       .       x     x      .      .       .      .
-quarantined   x       .         +        .       .       x     x      .      .       +      +
-failed-moving x       .         +        .       .       +     x      .      .       .      .
+              Claimed Announced Reserved Refused Written Sum Moved Joined Failed Abort  DropDrained
+expected      +       x         x        x       x       x   x     x      FAILED x      xx
+claimed       x       +         SENDING  x       !       x   x     x      FAILED FAILED FAILED.
+sending       x       +         x        .       .       x   x     x      FAILED FAILED FAILED.
+early         x       .         x        .       .       x   x     x      FAILED FAILED FAILED.
+verifying     x       +         x        .       .       .   x     x      FAILED FAILED FAILED.
+asking        x       +         SENDING  +       !       x   x     x      FAILED FAILED FAILED.
+moving        x       .         x        x       !       x   +     x      FAILED FAILED FAILED.
+queued        x       +         SENDING  x       !       x   x     x      FAILED FAILED FAILED.
+joining       x       !         +        x       !       x   x     DONE   FAILED FAILED FAILED.
+ending        x       !         +        x       !       x   +     x      FAILED FAILED FAILED.
+done          x       .         +        .       .       x   x     x      .      .      ..
+failed        x       .         +        .       .       .   x     x      .      .      ..
+quarantined   x       .         +        .       .       .   x     x      .      .      ++
+failed-moving x       .         +        .       .       .   +     x      .      .      ..
 """
 
 
-def receive_event(name: str, transfer: ReceiveTransfer) -> ReceiveEvent:
+def receive_event(name: str, transfer: ReceiveTransfer, *, verifies: bool = False) -> ReceiveEvent:
     """Return the event of that name; `Written` tells of the next four tokens."""
     sequence = max(0, len(transfer.grants) - 1) if transfer.transferred_tokens >= 8 else 0
     happenings: dict[str, ReceiveEvent] = {
@@ -189,12 +191,15 @@ def receive_event(name: str, transfer: ReceiveTransfer) -> ReceiveEvent:
         "Announced": TOLD,
         "Reserved": events.Reserved(allocation(10, 11)),
         "Refused": events.Refused(),
-        "Written": events.Written(sequence, transfer.transferred_tokens, 4, transfer.total),
+        "Written": events.Written(
+            sequence, transfer.transferred_tokens + 4 * verifies, 4, transfer.total
+        ),
+        "Sum": events.Verified(matches=True),
         "Moved": events.MovedOut(),
         "Joined": events.Joined(),
         "Failed": events.Failed(FAILURE),
-        "Aborted": events.Aborted(FAILURE, False),
-        "Drops": events.Aborted(FAILURE, True),
+        "Abort": events.Aborted(FAILURE, False),
+        "Drop": events.Aborted(FAILURE, True),
         "Drained": events.Drained(),
     }
     return happenings[name]
@@ -204,12 +209,12 @@ def receive_event(name: str, transfer: ReceiveTransfer) -> ReceiveEvent:
 def test_the_receiver_in_every_situation(situation: str, event: str, expected: str) -> None:
     """The receiver's half does what its oracle says, and nothing else."""
     transfer = receiver(*RECEIVE_SITUATIONS[situation])
-    happening = receive_event(event, transfer)
+    happening = receive_event(event, transfer, verifies=situation == "verifying")
     assert judged(lambda: transfer.handle(happening, 2.0), transfer) == expected
 
 
 @pytest.mark.parametrize("situation", RECEIVE_SITUATIONS)
-@pytest.mark.parametrize("event", ["Failed", "Aborted", "Drops", "Drained"])
+@pytest.mark.parametrize("event", ["Failed", "Abort", "Drop", "Drained"])
 def test_no_block_is_lost_or_freed_twice(situation: str, event: str) -> None:
     """Whatever ends a request, wherever it stands, each of its blocks comes back exactly once."""
     transfer = ReceiveTransfer(1, 2 * BLOCK, 0.0)

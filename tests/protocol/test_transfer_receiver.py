@@ -348,3 +348,88 @@ def test_neighbours_become_one_run() -> None:
     assert one_run((a, b, c)) == (Extent(0, 8), c)
     assert one_run((b, a)) == (b, a)
     assert one_run((Extent(4, 4), a)) == (a,)
+
+
+class TestChecksums:
+    """A chunk with a checksum counts when it is verified, and not before (rule 6)."""
+
+    def granted(self, *, early_rest: bool) -> ReceiveTransfer:
+        """Return a transfer with a first grant of 1024 tokens, and perhaps one for the rest."""
+        transfer = ReceiveTransfer(1, DEFAULT, 0.0)
+        transfer.expect()
+        transfer.handle(events.Claimed(TRANSFER, None, b""), 0.0)
+        transfer.handle(Reserved(allocation(*range(8), size=BLOCK)), 0.0)
+        if early_rest:
+            transfer.handle(events.Announced(2000, b""), 0.0)
+            longer = allocation(*range(16), size=BLOCK, num_tokens=2000)
+            transfer.handle(Reserved(longer, extends=True), 0.0)
+        return transfer
+
+    def test_it_counts_when_it_is_verified(self) -> None:
+        """Until then nothing moves; then the transfer is done."""
+        transfer = self.granted(early_rest=False)
+        assert transfer.handle(Written(0, 0, 100, 100, b"sum"), 1.0) == [
+            do.Verify(1, (Extent(0, 100),), b"sum")
+        ]
+        assert (transfer.state, transfer.transferred_tokens) == (SENDING, 0)
+        commands = transfer.handle(events.Verified(matches=True), 2.0)
+        assert [type(command) for command in commands] == [do.Deliver, do.SendFrame]
+        assert (transfer.state, transfer.transferred_tokens) == (DONE, 100)
+
+    def test_chunks_are_verified_in_order(self) -> None:
+        """The second arrives while the first is compared; each is compared where it lies."""
+        transfer = self.granted(early_rest=True)
+        transfer.handle(Written(0, 0, 1024, 2000, b"one"), 1.0)
+        assert transfer.handle(Written(1, 1024, 976, 2000, b"two"), 1.0) == []
+        assert transfer.handle(events.Verified(matches=True), 2.0) == [
+            do.Verify(1, (Extent(1024, 2000),), b"two")
+        ]
+        assert transfer.chunks == [1024]
+        transfer.handle(events.Verified(matches=True), 3.0)
+        assert (transfer.state, transfer.chunks) == (DONE, [1024, 976])
+
+    def test_a_chunk_without_one_waits_behind_a_chunk_with_one(self) -> None:
+        """Chunks count in order."""
+        transfer = self.granted(early_rest=True)
+        transfer.handle(Written(0, 0, 1024, 2000, b"one"), 1.0)
+        assert transfer.handle(Written(1, 1024, 976, 2000), 1.0) == []
+        transfer.handle(events.Verified(matches=True), 2.0)
+        assert transfer.state is DONE
+
+    def test_a_changed_chunk_fails_the_transfer(self) -> None:
+        """The blocks behind it may still be written: quarantine, and the sender is told."""
+        transfer = self.granted(early_rest=True)
+        transfer.handle(Written(0, 0, 1024, 2000, b"one"), 1.0)
+        commands = transfer.handle(events.Verified(matches=False), 2.0)
+        assert [type(command) for command in commands] == [
+            do.Quarantine,
+            do.SendFrame,
+            do.Fail,
+        ]
+        assert transfer.failure is not None
+        assert "tokens 0 to 1024 arrived changed" in transfer.failure.message
+
+    def test_a_comparison_that_ends_too_late_changes_nothing(self) -> None:
+        """The transfer has failed meanwhile."""
+        transfer = self.granted(early_rest=False)
+        transfer.handle(Written(0, 0, 100, 100, b"sum"), 1.0)
+        transfer.handle(events.Failed(FAILURE), 2.0)
+        assert transfer.handle(events.Verified(matches=True), 3.0) == []
+        assert transfer.state is FAILED
+
+    def test_what_is_written_behind_an_uncounted_chunk_is_checked_at_once(self) -> None:
+        """A gap, or more after the end, is a violation when its frame arrives."""
+        transfer = self.granted(early_rest=True)
+        transfer.handle(Written(0, 0, 1024, 2000, b"one"), 1.0)
+        with pytest.raises(ProtocolViolation, match="expected from 1024 on"):
+            transfer.handle(Written(1, 1025, 975, 2000, b"two"), 1.0)
+
+    def test_a_repeated_last_word_changes_nothing(self) -> None:
+        """A transfer that is complete and being joined is not completed twice."""
+        transfer = self.granted(early_rest=False)
+        transfer.handle(Written(0, 0, 1024, None), 1.0)
+        transfer.handle(Reserved(allocation(*range(20, 28), size=BLOCK)), 2.0)
+        transfer.handle(Written(1, 1024, 976, 2000, b"two"), 3.0)
+        assert transfer.handle(Written(1, 2000, 0, 2000), 3.0) == []
+        commands = transfer.handle(events.Verified(matches=True), 4.0)
+        assert [type(command) for command in commands] == [do.Join]

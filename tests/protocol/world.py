@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +45,17 @@ class Token(NamedTuple):
 
     writer: Writer
     position: int
+
+
+def checksum_of(tokens: Sequence[Token | None]) -> bytes:
+    """Return a checksum that tells every wrong, missing or misplaced token."""
+    first = tokens[0]
+    if first is None or any(
+        token != first._replace(position=first.position + index)
+        for index, token in enumerate(tokens)
+    ):
+        return b"wrong"
+    return f"{first.position}+{len(tokens)}".encode()
 
 
 @dataclass
