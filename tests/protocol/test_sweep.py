@@ -165,21 +165,21 @@ RECEIVE_SITUATIONS: dict[str, tuple[ReceiveEvent, ...]] = {
 }
 # `Abort`: the sender may still write; `Drop`: it gives up and has drained.
 RECEIVE_ORACLE = """
-              Claimed Announced Reserved Refused Written Sum Moved Joined Failed Abort  DropDrained
-expected      +       x         x        x       x       x   x     x      FAILED x      xx
-claimed       x       +         SENDING  x       !       x   x     x      FAILED FAILED FAILED.
-sending       x       +         x        .       .       x   x     x      FAILED FAILED FAILED.
-early         x       .         x        .       .       x   x     x      FAILED FAILED FAILED.
-verifying     x       +         x        .       .       .   x     x      FAILED FAILED FAILED.
-asking        x       +         SENDING  +       !       x   x     x      FAILED FAILED FAILED.
-moving        x       .         x        x       !       x   +     x      FAILED FAILED FAILED.
-queued        x       +         SENDING  x       !       x   x     x      FAILED FAILED FAILED.
-joining       x       !         +        x       !       x   x     DONE   FAILED FAILED FAILED.
-ending        x       !         +        x       !       x   +     x      FAILED FAILED FAILED.
-done          x       .         +        .       .       x   x     x      .      .      ..
-failed        x       .         +        .       .       .   x     x      .      .      ..
-quarantined   x       .         +        .       .       .   x     x      .      .      ++
-failed-moving x       .         +        .       .       .   +     x      .      .      ..
+              Claimed Announced Reserved Refused Written Sum Moved Joined Failed Abort  Drop Drained
+expected      +       x         x        x       x       x   x     x      FAILED x      x x
+claimed       x       +         SENDING  x       !       x   x     x      FAILED FAILED FAILED .
+sending       x       +         x        .       .       x   x     x      FAILED FAILED FAILED .
+early         x       .         x        .       .       x   x     x      FAILED FAILED FAILED .
+verifying     x       +         x        .       .       .   x     x      FAILED FAILED FAILED .
+asking        x       +         SENDING  +       !       x   x     x      FAILED FAILED FAILED .
+moving        x       .         x        x       !       x   +     x      FAILED FAILED FAILED .
+queued        x       +         SENDING  x       !       x   x     x      FAILED FAILED FAILED .
+joining       x       !         +        x       !       x   x     DONE   FAILED FAILED FAILED .
+ending        x       !         +        x       !       x   +     x      FAILED FAILED FAILED .
+done          x       .         +        .       .       x   x     x      .      .      . .
+failed        x       .         +        .       .       .   x     x      .      .      . .
+quarantined   x       .         +        .       .       .   x     x      .      .      + +
+failed-moving x       .         +        .       .       .   +     x      .      .      . .
 """
 
 
