@@ -20,7 +20,8 @@ from typing import Any, Self
 
 import msgspec
 
-from ._driver.receiving import Delivery, ReceiveDriver
+from ._driver.lifecycle import Lifecycle
+from ._driver.receiving import Delivery, ReceiveDriver, Waiter
 from .buffers.arrays import Array
 from .config import ReceiverSettings, settings_from
 from .control.address import TcpAddress, parse_address, require_allowed
@@ -158,7 +159,7 @@ class Reception:
             self._lease.release()
 
 
-class Receiver:
+class Receiver(Lifecycle):
     """Receives tensors into a pool of blocks that it owns.
 
     Args:
@@ -176,6 +177,8 @@ class Receiver:
         ValueError: a setting or an address is wrong.
         PlaneUnavailable: a plane or the device is not known.
     """
+
+    _driver: ReceiveDriver
 
     def __init__(
         self,
@@ -201,7 +204,7 @@ class Receiver:
             make_planes(planes),
             self.settings.name or f"receiver-{os.getpid()}",
             takes_any=bool(contacts),
-            waiter=self,
+            waiter=Waiter(self._ended, self._awaited, self._untaken),
         )
         self._driver.standing_contacts = contacts
         self._waiting: dict[int, asyncio.Future[Delivery]] = {}
@@ -222,34 +225,10 @@ class Receiver:
             return str(planned)
         return str(planned.reachable(planned.port)) if planned.port else None
 
-    async def start(self) -> None:
-        """Make the pool and bind. Entering `async with` does it, and first use begins it.
-
-        Raises:
-            OSError: the address cannot be bound.
-            PlaneUnavailable: no plane can be used, or there is no memory for the pool.
-        """
-        await asyncio.shield(self._driver.ensure_started())
-
     async def aclose(self) -> None:
-        """Abort what is not done, wait for senders to drain, part, close the pool. Idempotent.
-
-        Leases that are still held stay readable.
-        """
-        await self._driver.aclose()
+        """Close, and end every iteration over arrivals; see :meth:`Lifecycle.aclose`."""
+        await super().aclose()
         self._arrival.set()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     def expect(self, request_id: str, *, timeout: float | None = None) -> Ticket:
         """Reserve the default allocation as soon as it is free, and return the ticket at once.
@@ -346,8 +325,8 @@ class Receiver:
             self._arrival.clear()
             await self._arrival.wait()
 
-    def ended(self, number: int, result: Delivery | AiommError) -> None:
-        """Pass a result on to who waits for it, or keep it (called by the driver)."""
+    def _ended(self, number: int, result: Delivery | AiommError) -> None:
+        """Pass a result on to who waits for it, or keep it."""
         waiting = self._waiting.pop(number, None)
         if waiting is None and self._driver.endpoint.is_wanted(number):
             self._results[number] = result
@@ -369,12 +348,12 @@ class Receiver:
         if isinstance(kept, Delivery):
             self._driver.discard(kept)
 
-    def awaited(self) -> Iterable[int]:
-        """Return the requests that somebody waits for (called by the driver)."""
+    def _awaited(self) -> Iterable[int]:
+        """Return the requests that somebody waits for."""
         return self._waiting
 
-    def untaken(self) -> Iterator[Delivery]:
-        """Return what has arrived and nobody has asked for yet (called by the driver)."""
+    def _untaken(self) -> Iterator[Delivery]:
+        """Return what has arrived and nobody has asked for yet."""
         return (each for each in self._results.values() if isinstance(each, Delivery))
 
     async def _receive(
@@ -436,11 +415,6 @@ class Receiver:
 
     def __repr__(self) -> str:
         return f"<Receiver {self._driver.name} at {self.address}: {self._driver.pool!r}>"
-
-    def __del__(self) -> None:
-        driver = getattr(self, "_driver", None)
-        if driver is not None and driver.is_started and not driver.is_closing:
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
 
 
 def _ticket_from(request: str | Ticket | bytes) -> Ticket:

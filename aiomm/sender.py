@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from secrets import token_bytes
 from types import TracebackType
@@ -13,8 +12,9 @@ from typing import Any, Self
 
 import msgspec
 
+from ._driver.lifecycle import Lifecycle
 from ._driver.routes import Route
-from ._driver.sending import SendDriver
+from ._driver.sending import SendDriver, Watcher
 from .buffers.tensors import rows_of
 from .config import SenderSettings, settings_from
 from .errors import AiommError, Failure, IncompatibleSchema, Reason, Rejected, error_from
@@ -101,7 +101,7 @@ class Transfer:
         failure = Failure(Reason.CANCELLED, reason)
         if self._core is None:
             self._cancelled_with = failure
-            self.ended(error_from(failure), None)
+            self._ended(error_from(failure), None)
         elif not self._future.done():
             driver = self._sender._driver
             driver.endpoint.fail(self._core.id.generation, failure, driver.now())
@@ -163,23 +163,18 @@ class Transfer:
             f"{self.transferred_tokens} of {total} tokens>"
         )
 
-    # What the driver calls.
-
-    def open(self, core: SendTransfer) -> None:
+    def _open(self, core: SendTransfer) -> None:
         """Take the protocol's transfer, now that the endpoint is up."""
         self._core = core
-        self._sender._driver.watchers[core.id.generation] = self
+        watcher = Watcher(self._changes.set, self._ended)
+        self._sender._driver.watchers[core.id.generation] = watcher
         if self._cancelled_with is not None:
             driver = self._sender._driver
             driver.endpoint.fail(core.id.generation, self._cancelled_with, driver.now())
         elif self._tensors is not None:
             self._sender._driver.sources[core.id.generation] = self._rows
 
-    def changed(self) -> None:
-        """Wake who follows :meth:`events`."""
-        self._changes.set()
-
-    def ended(self, error: AiommError | None, route: Route | None) -> None:
+    def _ended(self, error: AiommError | None, route: Route | None) -> None:
         """Resolve the handle."""
         self._rows = {}
         self._changes.set()
@@ -234,14 +229,12 @@ class OfferedTicket:
         """Return the ticket as JSON."""
         return self.ticket.to_json()
 
-    def began(self) -> None:
-        """A receiver redeems the offer."""
+    def _began(self) -> Watcher:
+        """A receiver redeems the offer: watch the transfer."""
         self._num_running += 1
+        return Watcher(lambda: None, self._ended)
 
-    def changed(self) -> None:
-        """A transfer of the offer has entered another state."""
-
-    def ended(self, error: AiommError | None, route: Route | None) -> None:
+    def _ended(self, error: AiommError | None, route: Route | None) -> None:
         """Count a transfer of the offer that is over."""
         if error is None:
             self.redeemed += 1
@@ -250,7 +243,7 @@ class OfferedTicket:
         self._num_running -= 1
         self._resolve()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """The offer stands no more."""
         self._is_standing = False
         self._resolve()
@@ -267,7 +260,7 @@ class OfferedTicket:
         return f"<Offer {self.ticket.request_id!r} {over}: redeemed {self.redeemed} times>"
 
 
-class Sender:
+class Sender(Lifecycle):
     """Sends tensors into receivers' pools.
 
     Args:
@@ -284,6 +277,8 @@ class Sender:
         ValueError: a setting or the address is wrong.
         PlaneUnavailable: a plane is not known.
     """
+
+    _driver: SendDriver
 
     def __init__(
         self,
@@ -304,31 +299,11 @@ class Sender:
         """Where receivers reach this sender, with the real port; None if it does not listen."""
         return self._driver.channel.address
 
-    async def start(self) -> None:
-        """Bind. Entering `async with` does it, and first use begins it.
-
-        Raises:
-            OSError: the address cannot be bound.
-        """
-        await asyncio.shield(self._driver.ensure_started())
-
     async def aclose(self) -> None:
-        """Abort what is not done, wait for writes to drain, and part. Idempotent."""
+        """Withdraw all offers, then close; see :meth:`Lifecycle.aclose`."""
         for offer, _ in list(self._offers.values()):
             offer.withdraw()
-        await self._driver.aclose()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
+        await super().aclose()
 
     def claim(
         self,
@@ -418,7 +393,7 @@ class Sender:
             num_tokens=total,
         )
         offered = OfferedTicket(self, ticket)
-        driver.offers[request_id] = (rows, offered)
+        driver.offers[request_id] = (rows, offered._began)
         expiry = driver.loop.call_later(seconds, offered.withdraw)
         self._offers[request_id] = (offered, expiry)
         return offered
@@ -430,7 +405,7 @@ class Sender:
             standing[1].cancel()
             self._driver.endpoint.withdraw(request_id)
             self._driver.offers.pop(request_id, None)
-        offered.end()
+        offered._end()
 
     def _open(
         self,
@@ -447,9 +422,9 @@ class Sender:
             try:
                 self._begin(transfer, ticket, to, seconds)
             except (Rejected, ValueError) as exc:
-                transfer.ended(exc if isinstance(exc, Rejected) else Rejected(str(exc)), None)
+                transfer._ended(exc if isinstance(exc, Rejected) else Rejected(str(exc)), None)
 
-        self._driver.when_started(begin, lambda failure: transfer.ended(error_from(failure), None))
+        self._driver.when_started(begin, lambda failure: transfer._ended(error_from(failure), None))
         return transfer
 
     def _begin(
@@ -467,16 +442,11 @@ class Sender:
             key=b"" if ticket is None else ticket.key,
             ready=transfer._ready(),
         )
-        transfer.open(core)
+        transfer._open(core)
         driver.pump()
 
     def __repr__(self) -> str:
         return f"<Sender {self._driver.name} at {self.address}: {len(self._driver.watchers)} live>"
-
-    def __del__(self) -> None:
-        driver = getattr(self, "_driver", None)
-        if driver is not None and driver.is_started and not driver.is_closing:
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
 
 
 def _request_of(request: Ticket | str | bytes) -> tuple[str, Ticket | None]:

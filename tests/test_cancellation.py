@@ -146,17 +146,18 @@ async def test_a_result_that_comes_while_a_cancelled_receive_has_not_run_yet() -
         transfer = sender.claim(receiver.expect("r"))
         receiving = asyncio.ensure_future(receiver.receive("r"))
         await granted(transfer)
-        ended = receiver.ended
+        driver = receiver._driver
+        waiter = driver.waiter
 
         def cancel_and_end(*arguments: Any) -> None:
             receiving.cancel()
-            ended(*arguments)
+            waiter.ended(*arguments)
 
-        vars(receiver)["ended"] = cancel_and_end
+        driver.waiter = waiter._replace(ended=cancel_and_end)
         await transfer.send(tensors_of(32))
         await asyncio.wait([receiving])
         assert receiving.cancelled()
-        del vars(receiver)["ended"]
+        driver.waiter = waiter
         await still_works(receiver, sender)
 
 

@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple
 
 import msgspec
 
@@ -77,17 +77,15 @@ class Delivery:
         """The tensors outside the pool, if they stand there."""
 
 
-class Waiter(Protocol):
-    """Whoever wants to know how a request ends."""
+class Waiter(NamedTuple):
+    """Whoever wants to know how requests end: three functions of its own."""
 
-    def awaited(self) -> Iterable[int]:
-        """Return the requests that somebody waits for."""
-
-    def untaken(self) -> Iterable[Delivery]:
-        """Return what has arrived and nobody has asked for yet, oldest first."""
-
-    def ended(self, number: int, result: Delivery | AiommError) -> None:
-        """The request is over. A delivery's blocks are the waiter's from now on."""
+    ended: Callable[[int, Delivery | AiommError], None]
+    """A request is over. A delivery's blocks are the waiter's from now on."""
+    awaited: Callable[[], Iterable[int]]
+    """The requests that somebody waits for."""
+    untaken: Callable[[], Iterable[Delivery]]
+    """What has arrived and nobody has asked for yet, oldest first."""
 
 
 class ReceiveDriver(Driver[ReceiveEndpoint]):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple
 
 from ..buffers.checksum import checksum_of_rows, new_checksum
 from ..buffers.tensors import TokenRows
@@ -40,21 +40,13 @@ CAUSE_DELAY = 0.1
 """Seconds that a failed write waits for the word of what broke it."""
 
 
-class Watcher(Protocol):
-    """Whoever wants to know how a transfer goes on."""
+class Watcher(NamedTuple):
+    """Whoever wants to know how a transfer goes on: two functions of its own."""
 
-    def changed(self) -> None:
-        """The transfer may have entered another state."""
-
-    def ended(self, error: AiommError | None, route: Route | None) -> None:
-        """The transfer is over; `error` is None if everything was accepted."""
-
-
-class Offerer(Watcher, Protocol):
-    """Whoever wants to know how the transfers of an offer go on."""
-
-    def began(self) -> None:
-        """A receiver redeems the offer; `ended` follows."""
+    changed: Callable[[], None]
+    """The transfer has entered another state."""
+    ended: Callable[[AiommError | None, Route | None], None]
+    """The transfer is over; the error is None if everything was accepted."""
 
 
 class SendDriver(Driver[SendEndpoint]):
@@ -91,8 +83,8 @@ class SendDriver(Driver[SendEndpoint]):
         self.sources: dict[int, Mapping[str, TokenRows]] = {}
         """The tensors of each transfer, until it is settled."""
         self.watchers: dict[int, Watcher] = {}
-        self.offers: dict[str, tuple[Mapping[str, TokenRows], Offerer]] = {}
-        """The tensors of each standing offer."""
+        self.offers: dict[str, tuple[Mapping[str, TokenRows], Callable[[], Watcher]]] = {}
+        """The tensors of each standing offer, and who watches a transfer that begins."""
         self._hellos: dict[int, Hello] = {}
         """What each receiver said."""
         self._routes: dict[int, asyncio.Task[Route]] = {}
@@ -142,10 +134,9 @@ class SendDriver(Driver[SendEndpoint]):
             case Quiesce(transfer):
                 self.spawn(self._quiesce(transfer), f"quiesce {transfer}")
             case Serve(transfer):
-                rows, offerer = self.offers[transfer.request_id]
+                rows, watch = self.offers[transfer.request_id]
                 self.sources[transfer.generation] = rows
-                self.watchers[transfer.generation] = offerer
-                offerer.began()
+                self.watchers[transfer.generation] = watch()
             case Tell(transfer):
                 if transfer.generation in self.watchers:
                     self.watchers[transfer.generation].changed()

@@ -52,12 +52,12 @@ class _TellingReceiver(Receiver):
         self.outcomes: asyncio.Queue[Lease | _Failed] = asyncio.Queue()
         self._told: set[int] = set()
 
-    def ended(self, number: int, result: Delivery | AiommError) -> None:
+    def _ended(self, number: int, result: Delivery | AiommError) -> None:
         """Pass on what the driver says, and tell each failure once."""
         if isinstance(result, AiommError) and number not in self._told:
             self._told.add(number)
             self.outcomes.put_nowait(_Failed(self._request_id(number), result))
-        super().ended(number, result)
+        super()._ended(number, result)
 
     def _request_id(self, number: int) -> str:
         try:
