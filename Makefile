@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := uvloop,aiozmq,checksum,cli,vision
 PHOTO  ?= $(VENV)/lib/python3.*/site-packages/matplotlib/mpl-data/sample_data/grace_hopper.jpg
-PYTEST ?= $(BIN)/python -m pytest
+PYTEST ?= $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
 	echo $$python && break; done)

@@ -10,7 +10,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from importlinter import cli
 
 ROOT = Path(__file__).parent.parent
 MODULES = [path for path in sorted((ROOT / "aiomm").rglob("*.py")) if path.stat().st_size]
@@ -56,10 +55,14 @@ def test_importing_aiomm_loads_nothing_heavy() -> None:
     assert not set(modules) & set(HEAVY)
 
 
-def test_imports_only_go_down(capsys: pytest.CaptureFixture[str]) -> None:
-    """The contracts of pyproject.toml hold; the output names the offending line."""
-    status = cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
-    assert status == cli.EXIT_STATUS_SUCCESS, capsys.readouterr().out
+def test_imports_only_go_down() -> None:
+    """The contracts of pyproject.toml hold; the output names the offending line.
+
+    In a process of its own: the tool turns off the loggers of whoever calls it.
+    """
+    tool = Path(sys.executable).parent / "lint-imports"
+    run = subprocess.run([tool, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
