@@ -18,14 +18,14 @@ import msgspec
 from ..buffers.arena import Arena, HostArena
 from ..buffers.arrays import load_array_library
 from ..buffers.checksum import checksum_of_extents
-from ..buffers.layout import ByteRange, Layout
+from ..buffers.layout import Layout
 from ..buffers.pool import BlockPool
 from ..buffers.queue import QueueFull, ReservationQueue
 from ..buffers.received import JoinedTensors, PoolTensors
 from ..buffers.shm import MemfdArena
 from ..config import ReceiverSettings
 from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, error_from
-from ..planes.base import Export, GrantKey, Plane
+from ..planes.base import GrantKey, Plane
 from ..protocol.commands import (
     Command,
     CompareProbe,
@@ -43,12 +43,13 @@ from ..protocol.commands import (
     Unreserve,
     Verify,
 )
-from ..protocol.frames import Hello, PlaneOffer, specs_of
+from ..protocol.frames import Hello, specs_of
 from ..protocol.receive_transfer import ReceiveTransfer
 from ..protocol.receiving import ReceiveEndpoint
 from ..protocol.session import Timing
 from ..types import Allocation, Extent, Schema
 from .base import Driver, new_epoch
+from .exports import Exports
 
 __all__ = ["Delivery", "ReceiveDriver", "Waiter"]
 
@@ -121,6 +122,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.pool = BlockPool(settings.blocks, settings.block_size)
         self.queue = ReservationQueue(self.pool, max_waiting=settings.max_waiting)
         self.layout = Layout(schema, settings.blocks * settings.block_size, settings.max_peers)
+        self._exports = Exports(self.layout)
         self.endpoint = ReceiveEndpoint(
             new_epoch(),
             schema,
@@ -132,7 +134,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 num_probes=self.layout.num_probes,
                 takes_any=takes_any,
             ),
-            plane_offers=self._plane_offers,
+            plane_offers=self._exports.offers,
             default_tokens=settings.default_blocks * settings.block_size,
             default_timeout=settings.timeout,
             timing=Timing(peer_timeout=settings.peer_timeout),
@@ -140,10 +142,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             max_requests=settings.max_waiting,
             max_tokens=settings.max_tokens,
         )
-        self._exports: dict[str, Export] = {}
-        self._planes_of_link: dict[int, str] = {}
-        """The plane whose probe has arrived last over each link."""
-        self._grants: dict[int, list[GrantKey]] = {}
         self._links: dict[int, int] = {}
         """The link to each peer that has said Hello."""
         self._joined: dict[int, JoinedTensors] = {}
@@ -163,20 +161,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         await self.loop.run_in_executor(self._copier, load_array_library)
         self.arena = await self.loop.run_in_executor(self._copier, self._make_arena)
         self.tensors = PoolTensors(self.layout, self.arena)
-        refused = []
-        for plane in self.planes:
-            reason = plane.unusable()
-            try:
-                if reason is not None:
-                    raise PlaneUnavailable(reason)
-                self._exports[plane.name] = await plane.export(self.arena)
-            except PlaneUnavailable as exc:
-                refused.append(f"{plane.name}: {exc.message}")
-                logger.info("! %s is without plane %s: %s", self.name, plane.name, exc)
-                if self.settings.strict:
-                    break
-        if not self._exports:
-            raise PlaneUnavailable(f"no plane can be used: {'; '.join(refused)}")
+        await self._exports.open(self.arena, self.planes, strict=self.settings.strict)
 
     def _make_arena(self) -> Arena:
         """Shared memory where there is some, since any sender may turn out to be on this host."""
@@ -188,9 +173,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
     async def tear_down(self) -> None:
         """Close the exports and the arena. Leases that are still held stay readable."""
-        for export in self._exports.values():
-            await export.aclose()
-        self._exports.clear()
+        await self._exports.aclose()
         await self.loop.run_in_executor(None, self._copier.shutdown)
         if hasattr(self, "arena"):
             self.arena.close()
@@ -209,12 +192,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     def has_drained(self) -> bool:
         """A receiver writes into nobody's memory."""
         return True
-
-    def _plane_offers(self, link: int) -> tuple[PlaneOffer, ...]:
-        slot = self.layout.probe_range(link % self.layout.num_probes)
-        for export in self._exports.values():
-            export.permit(GrantKey(link, 0, 0), [slot])
-        return tuple(PlaneOffer(name, export.offer(link)) for name, export in self._exports.items())
 
     # Commands.
 
@@ -247,7 +224,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 self._take_joined(number)
                 self.waiter.ended(number, error_from(failure, story=story))
             case CompareProbe():
-                self._compare(command)
+                arrived = self._exports.has_arrived(command.link, command.plane, command.nonce)
+                self.endpoint.probed(command.peer, command.plane, arrived)
             case Greet(peer):
                 self._links[peer] = self.endpoint.sessions[peer].hello.link
             case _:
@@ -255,11 +233,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
     def parted(self, command: Part) -> None:
         """Forget a sender that is gone for good."""
-        link = self._links.pop(command.peer, 0)
-        for export in self._exports.values():
-            export.revoke(GrantKey(link, 0, 0))
-            export.forget(link)
-        self._planes_of_link.pop(link, None)
+        self._exports.forget(self._links.pop(command.peer, 0))
 
     # The pool.
 
@@ -290,14 +264,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     def _permit(self, command: Permit) -> None:
         link = self.endpoint.link_of(command.number)
         grant = GrantKey(link, command.transfer.generation, command.sequence)
-        ranges = [
-            self.layout.field_range(name, extent)
-            for name in self.schema
-            for extent in command.extents
-        ]
-        for export in self._exports.values():
-            export.permit(grant, ranges)
-        self._grants.setdefault(command.number, []).append(grant)
+        self._exports.permit(command.number, grant, command.extents)
         if logger.isEnabledFor(logging.INFO):
             blocks, extents = self.endpoint.transfer(command.number).grants[-1]
             logger.info(
@@ -309,30 +276,17 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 sum(extent.num_tokens for extent in extents),
             )
 
-    def _revoke(self, number: int) -> bool:
-        """Withdraw the grants of a request; True if the planes prove that nothing can land.
-
-        A sender whose probe has not arrived yet may use any of them.
-        """
-        proven = True
-        for grant in self._grants.pop(number, ()):
-            used = self._planes_of_link.get(grant.peer)
-            for name, export in self._exports.items():
-                if not export.revoke(grant) and used in (name, None):
-                    proven = False
-        return proven
-
     def _quarantine(self, number: int, allocations: tuple[Allocation, ...]) -> None:
         for allocation in allocations:
             self.pool.quarantine(allocation)
-        proven = self._revoke(number)
+        proven = self._exports.revoke(number)
         blocks = [block for each in allocations for block in each.block_indices]
         logger.info("x request %d: block_indices=%s in quarantine: %s", number, blocks, not proven)
         if proven:
             self.endpoint.drained(number, self.now())
 
     def _release(self, number: int, allocations: tuple[Allocation, ...]) -> None:
-        self._revoke(number)
+        self._exports.revoke(number)
         self.free(allocations)
 
     def free(self, allocations: tuple[Allocation, ...]) -> None:
@@ -479,8 +433,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     def _deliver(self, command: Deliver) -> None:
         number = command.number
         transfer = self.endpoint.transfer(number)
-        plane = self._planes_of_link.get(self.endpoint.link_of(number), "")
-        self._revoke(number)
+        plane = self._exports.plane_of(self.endpoint.link_of(number))
+        self._exports.revoke(number)
         kept = self._trim(command.allocations, transfer.transferred_tokens)
         joined = self._take_joined(number)
         delivery = Delivery(transfer, plane, kept, command.extents, joined)
@@ -499,11 +453,3 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self.pool.fill(allocation)
             kept.append(allocation)
         return tuple(kept)
-
-    def _compare(self, command: CompareProbe) -> None:
-        slot: ByteRange = self.layout.probe_range(command.link % self.layout.num_probes)
-        found = self.arena.view(slot.start, slot.stop - slot.start)
-        matched = command.plane in self._exports and bytes(found) == command.nonce
-        if matched:
-            self._planes_of_link[command.link] = command.plane
-        self.endpoint.probed(command.peer, command.plane, matched)

@@ -1,0 +1,116 @@
+"""The receiver's arena, open over every plane that works, and who may write where in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ..buffers.arena import Arena
+from ..buffers.layout import Layout
+from ..errors import PlaneUnavailable
+from ..planes.base import Export, GrantKey, Plane
+from ..protocol.frames import PlaneOffer
+from ..types import Extent
+
+__all__ = ["Exports"]
+
+logger = logging.getLogger("aiomm.receiver")
+
+
+class Exports:
+    """One export per plane; grants are permitted on all of them, and revoked on all.
+
+    Args:
+        layout: of the arena.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._arena: Arena | None = None
+        self._exports: dict[str, Export] = {}
+        self._planes_of_link: dict[int, str] = {}
+        """The plane whose probe has arrived last over each link."""
+        self._grants: dict[int, list[GrantKey]] = {}
+
+    async def open(self, arena: Arena, planes: Sequence[Plane], *, strict: bool) -> None:
+        """Open `arena` over `planes`, as far as they can be used.
+
+        Args:
+            arena: the pool's memory.
+            planes: in order of preference.
+            strict: the first one or none.
+
+        Raises:
+            PlaneUnavailable: none can be used; says why for each.
+        """
+        self._arena = arena
+        refused = []
+        for plane in planes[:1] if strict else planes:
+            reason = plane.unusable()
+            try:
+                if reason is not None:
+                    raise PlaneUnavailable(reason)
+                self._exports[plane.name] = await plane.export(arena)
+            except PlaneUnavailable as exc:
+                refused.append(f"{plane.name}: {exc.message}")
+                logger.info("! no plane %s here: %s", plane.name, exc)
+        if not self._exports:
+            raise PlaneUnavailable(f"no plane can be used: {'; '.join(refused)}")
+
+    async def aclose(self) -> None:
+        """Close every export. Idempotent."""
+        for export in self._exports.values():
+            await export.aclose()
+        self._exports.clear()
+
+    def offers(self, link: int) -> tuple[PlaneOffer, ...]:
+        """Return what the sender on `link` needs, and let it write into its probe slot."""
+        slot = self._layout.probe_range(link % self._layout.num_probes)
+        for export in self._exports.values():
+            export.permit(GrantKey(link, 0, 0), [slot])
+        return tuple(PlaneOffer(name, export.offer(link)) for name, export in self._exports.items())
+
+    def has_arrived(self, link: int, plane: str, nonce: bytes) -> bool:
+        """Whether the probe slot of `link` holds `nonce`; if so, `plane` is the link's."""
+        slot = self._layout.probe_range(link % self._layout.num_probes)
+        if self._arena is None or plane not in self._exports:
+            return False
+        if bytes(self._arena.view(slot.start, slot.stop - slot.start)) != nonce:
+            return False
+        self._planes_of_link[link] = plane
+        return True
+
+    def plane_of(self, link: int) -> str:
+        """Return the plane that the sender on `link` uses; empty while none has arrived."""
+        return self._planes_of_link.get(link, "")
+
+    def permit(self, number: int, grant: GrantKey, extents: tuple[Extent, ...]) -> None:
+        """Let the grant's sender write the tokens in `extents`, for request `number`."""
+        ranges = [
+            self._layout.field_range(name, extent)
+            for name in self._layout.schema
+            for extent in extents
+        ]
+        for export in self._exports.values():
+            export.permit(grant, ranges)
+        self._grants.setdefault(number, []).append(grant)
+
+    def revoke(self, number: int) -> bool:
+        """Withdraw the grants of a request; True if the planes prove that nothing can land.
+
+        A sender whose probe has not arrived yet may use any of them.
+        """
+        proven = True
+        for grant in self._grants.pop(number, ()):
+            used = self._planes_of_link.get(grant.peer)
+            for name, export in self._exports.items():
+                if not export.revoke(grant) and used in (name, None):
+                    proven = False
+        return proven
+
+    def forget(self, link: int) -> None:
+        """Drop what is kept for the sender on `link`, which is gone for good."""
+        for export in self._exports.values():
+            export.revoke(GrantKey(link, 0, 0))
+            export.forget(link)
+        self._planes_of_link.pop(link, None)
