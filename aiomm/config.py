@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-__all__ = ["ReceiverSettings", "SenderSettings", "settings_from"]
+__all__ = ["ReceiverSettings", "SenderSettings", "settings_from", "variables_of"]
 
 PREFIX = "AIOMM_"
 VARIABLES: Mapping[str, tuple[str, ...]] = {
@@ -93,12 +93,17 @@ def settings_from(
         if given is not None:
             values[field.name] = _checked(field, given, f"argument {field.name}", strict=True)
             continue
-        for variable in VARIABLES.get(field.name, (PREFIX + field.name.upper(),)):
+        for variable in variables_of(field.name):
             if environ.get(variable):
                 text = environ[variable]
                 values[field.name] = _checked(field, text, f"variable {variable}", strict=False)
                 break
     return kind(**values)
+
+
+def variables_of(setting: str) -> tuple[str, ...]:
+    """Return the environment variables of a setting; the first that is set counts."""
+    return VARIABLES.get(setting, (PREFIX + setting.upper(),))
 
 
 def _checked(field: msgspec.structs.FieldInfo, value: object, where: str, *, strict: bool) -> Any:

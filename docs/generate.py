@@ -23,11 +23,10 @@ from conversation import to_mermaid as request_to_mermaid
 
 from aiomm.buffers import pool
 from aiomm.config import (
-    PREFIX,
-    VARIABLES,
     EndpointSettings,
     ReceiverSettings,
     SenderSettings,
+    variables_of,
 )
 from aiomm.errors import AiommError
 from aiomm.protocol import commands, events, frames
@@ -92,7 +91,7 @@ def settings() -> str:
             if kind is ReceiverSettings and field.name in own:
                 continue
             side = "both" if field.name in own else kind.__name__.removesuffix("Settings")
-            names = VARIABLES.get(field.name, (PREFIX + field.name.upper(),))
+            names = variables_of(field.name)
             variables = ", ".join(f"`{name}`" for name in names)
             default = f"`{field.default!r}`".replace("'", '"')
             rows.append((f"`{field.name}`", side, default, variables, meanings[field.name]))

@@ -21,7 +21,7 @@ from ..buffers.arena import Arena, HostArena
 from ..buffers.layout import ByteRange
 from ..buffers.shm import MemfdArena
 from ..buffers.tensors import TokenRows
-from ..config import VARIABLES, ReceiverSettings, SenderSettings, settings_from
+from ..config import ReceiverSettings, SenderSettings, settings_from, variables_of
 from ..demo.loops import loop_factory
 from ..errors import AiommError
 from ..planes.base import GrantKey, Plane, Run
@@ -32,7 +32,17 @@ from .running import Exit
 
 __all__ = ["diagnose", "examine"]
 
-PACKAGES = ("pyzmq", "msgspec", "uvloop", "aiozmq", "torch", "numpy", "safetensors", "transformers")
+PACKAGES = (
+    "pyzmq",
+    "msgspec",
+    "uvloop",
+    "aiozmq",
+    "xxhash",
+    "torch",
+    "numpy",
+    "safetensors",
+    "transformers",
+)
 TRIAL_NBYTES = 1 << 20
 TRIAL_SECONDS = 10.0
 
@@ -163,8 +173,9 @@ def _environment() -> dict[str, dict[str, str | None]]:
     """Return every variable that is read, which setting it is for, and its value."""
     return {
         variable: {"setting": field.name, "value": os.environ.get(variable)}
-        for field in msgspec.structs.fields(ReceiverSettings)
-        for variable in VARIABLES.get(field.name, (f"AIOMM_{field.name.upper()}",))
+        for kind in (ReceiverSettings, SenderSettings)
+        for field in msgspec.structs.fields(kind)
+        for variable in variables_of(field.name)
     }
 
 
