@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import warnings
 from collections.abc import (
@@ -31,6 +32,8 @@ from .planes.registry import make_planes
 from .types import Schema, Ticket, TransferStats
 
 __all__ = ["Lease", "Receiver", "Reception"]
+
+logger = logging.getLogger("aiomm.receiver")
 
 
 class Lease(Mapping[str, Array]):
@@ -227,8 +230,10 @@ class Receiver(Lifecycle):
 
     async def aclose(self) -> None:
         """Close, and end every iteration over arrivals; see :meth:`Lifecycle.aclose`."""
-        await super().aclose()
-        self._arrival.set()
+        try:
+            await super().aclose()
+        finally:  # cancelled, one stops waiting; it closes all the same
+            self._arrival.set()
 
     def expect(self, request_id: str, *, timeout: float | None = None) -> Ticket:
         """Reserve the default allocation as soon as it is free, and return the ticket at once.
@@ -320,7 +325,12 @@ class Receiver(Lifecycle):
             arrived = (n for n, result in self._results.items() if isinstance(result, Delivery))
             number = next(arrived, None)
             if number is not None:
-                yield self._take(number)
+                try:
+                    lease = self._take(number)
+                except ProtocolError as exc:  # one sender's metadata: no reason to end for all
+                    logger.warning("! an arrival is dropped: %s", exc)
+                    continue
+                yield lease
                 continue
             self._arrival.clear()
             await self._arrival.wait()

@@ -467,6 +467,8 @@ def _num_tokens(rows: Mapping[str, Any]) -> int:
 def _encode_metadata(metadata: Mapping[str, Any] | None) -> bytes:
     if not metadata:
         return b""
+    if not all(isinstance(key, str) for key in metadata):
+        raise Rejected(f"the keys of metadata must be strings: {list(metadata)}")
     try:
         encoded = msgspec.msgpack.encode(dict(metadata))
     except (TypeError, ValueError, OverflowError, RecursionError) as exc:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, NamedTuple
@@ -145,7 +144,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._links: dict[int, int] = {}
         """The link to each peer that has said Hello."""
         self._joined: dict[int, JoinedTensors] = {}
-        self._buffered: defaultdict[int, int] = defaultdict(int)
+        self.buffered_bytes = 0
+        """Bytes outside the pool of transfers that are unfinished or not taken yet."""
+        self._buffered: dict[int, int] = {}
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
         self._making_room: asyncio.Task[None] | None = None
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="aiomm-join")
@@ -179,7 +180,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self.arena.close()
 
     def abandon(self, failure: Failure) -> None:
-        """Fail every request that is not done."""
+        """Fail every request that is not done, and take no new one."""
+        self.endpoint.is_closing = True
         for number in self.endpoint.numbers():
             self.endpoint.fail(number, failure, self.now())
 
@@ -299,14 +301,14 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     def take(self, delivery: Delivery) -> None:
         """Give a delivery to the user, who releases its blocks later."""
         delivery.is_taken = True
-        self._buffered.pop(delivery.transfer.number, None)
+        self._count_buffered(delivery.transfer.number, 0)
         for allocation in delivery.allocations:
             self.pool.lease(allocation)
 
     def discard(self, delivery: Delivery) -> None:
         """Take a delivery back that nobody wants."""
         delivery.is_taken = True
-        self._buffered.pop(delivery.transfer.number, None)
+        self._count_buffered(delivery.transfer.number, 0)
         self.release(delivery.allocations)
 
     def release(self, allocations: tuple[Allocation, ...]) -> None:
@@ -314,10 +316,11 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.free(allocations)
         self.pump()
 
-    @property
-    def buffered_bytes(self) -> int:
-        """Bytes outside the pool of transfers that are unfinished or not taken yet."""
-        return sum(self._buffered.values())
+    def _count_buffered(self, number: int, num_tokens: int) -> None:
+        nbytes = num_tokens * self.schema.token_nbytes
+        self.buffered_bytes += nbytes - self._buffered.pop(number, 0)
+        if nbytes:
+            self._buffered[number] = nbytes
 
     def _pump_queue(self) -> None:
         for number, allocation in self.queue.pump():
@@ -331,12 +334,14 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
         Otherwise they stay: a pool full of results is how a slow reader slows senders down.
         """
-        if self._making_room is not None or self.is_closing:
+        if self._making_room is not None or self.is_closing or not self.queue.num_waiting:
+            return
+        if not any(map(self.queue.is_waiting, self.waiter.awaited())):
             return
         delivery = next(filter(self._can_move, self.waiter.untaken()), None)
-        if delivery is not None and any(map(self.queue.is_waiting, self.waiter.awaited())):
+        if delivery is not None:
             number = delivery.transfer.number
-            self._buffered[number] = delivery.extent.num_tokens * self.schema.token_nbytes
+            self._count_buffered(number, delivery.extent.num_tokens)
             self._making_room = self.spawn(self._move_untaken(delivery), f"move out {number}")
 
     def _can_move(self, delivery: Delivery) -> bool:
@@ -354,7 +359,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             await copying
         except Rejected as exc:  # it stays where it is, until the next time that blocks are short
             logger.warning("! request %d stays in the pool: %s", number, exc)
-            self._buffered.pop(number, None)
+            self._count_buffered(number, 0)
             self._making_room = None
             return
         self._making_room = None
@@ -388,15 +393,14 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         total: int | None,
         done: Callable[[int, float], None],
     ) -> None:
-        nbytes = sum(extent.num_tokens for extent in extents) * self.schema.token_nbytes
-        self._buffered[number] = max(
-            self._buffered[number] + nbytes, (total or 0) * self.schema.token_nbytes
-        )
+        joined = self._joined.get(number)
+        moved = 0 if joined is None else joined.num_tokens
+        moved += sum(extent.num_tokens for extent in extents)
+        self._count_buffered(number, max(moved, total or 0))
         if self.buffered_bytes > self.settings.max_buffered_bytes:
             limit = self.settings.max_buffered_bytes
             self._cannot_buffer(number, f"over max_buffered_bytes={limit}", done)
             return
-        joined = self._joined.get(number)
         if joined is None:
             joined = self._joined[number] = JoinedTensors(self.schema, total)
         copying = self._copy_in_thread(joined, number, extents, done)
@@ -425,7 +429,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         done(number, self.now())
 
     def _take_joined(self, number: int) -> JoinedTensors | None:
-        self._buffered.pop(number, None)
+        self._count_buffered(number, 0)
         return self._joined.pop(number, None)
 
     # Results.
@@ -437,6 +441,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._exports.revoke(number)
         kept = self._trim(command.allocations, transfer.transferred_tokens)
         joined = self._take_joined(number)
+        self._freed.set()
         delivery = Delivery(transfer, plane, kept, command.extents, joined)
         self._pump_queue()
         self.waiter.ended(number, delivery)

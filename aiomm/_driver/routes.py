@@ -22,6 +22,9 @@ from ..types import Field
 
 __all__ = ["Route", "find_route"]
 
+PROBE_SECONDS = 10
+"""For attaching and for the receiver's answer; both may hold their loops for long."""
+
 logger = logging.getLogger("aiomm.sender")
 
 _NONCE = Field("uint8", PROBE_NBYTES)
@@ -67,7 +70,11 @@ async def find_route(
             refused.append(f"{plane.name}: the receiver does not have it")
             continue
         try:
-            arena = await _try(plane, offer, layout, hello.link, probe)
+            async with asyncio.timeout(PROBE_SECONDS):
+                arena = await _try(plane, offer, layout, hello.link, probe)
+        except TimeoutError:
+            refused.append(f"{plane.name}: no answer to its probe within {PROBE_SECONDS} s")
+            continue
         except PlaneUnavailable as exc:
             refused.append(
                 str(exc) if exc.message.startswith(plane.name) else f"{plane.name}: {exc}"

@@ -167,7 +167,8 @@ class ReceiveTransfer(Transfer):
         blocks, extents = allocation.block_indices, allocation.extents
         if extends:
             last = self._allocations.pop()
-            blocks = tuple(block for block in blocks if block not in last.block_indices)
+            held = set(last.block_indices)
+            blocks = tuple(block for block in blocks if block not in held)
             extents = allocation.tail(last.num_tokens)
         self._allocations.append(allocation)
         return self._grant(blocks, extents, now)

@@ -112,6 +112,8 @@ class ReceiveEndpoint(Endpoint):
         self._default_timeout = default_timeout
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self.is_closing = False
+        """Claims are turned away; what runs may end."""
         self._links = 0
         self._number = 0
         self._requests: dict[int, _Request] = {}
@@ -426,6 +428,8 @@ class ReceiveEndpoint(Endpoint):
             self.counters["of_no_transfer"] += 1
             return
         failure = self._objection(session, offer)
+        if self.is_closing:
+            failure = Failure(Reason.CLOSED, "the receiver is closing")
         request = None
         try:
             request = self._match(session, offer)
