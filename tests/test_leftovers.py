@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +16,7 @@ import pytest
 import aiomm
 from tests.conftest import resources
 from tests.processes import (
+    DEADLINE,
     SCHEMA,
     Child,
     child,
@@ -185,3 +188,34 @@ async def test_descriptors_can_run_out_and_come_back() -> None:
         again = receiver.expect("again")
         sender.tell("send", ticket=again.to_json(), seed=2, num_tokens=100)
         assert await received(receiver, "again") == pattern(2, 100)
+
+
+FORGETFUL = """
+import asyncio, gc, sys
+import torch, aiomm
+schema = aiomm.Schema(x=aiomm.Field("float32", 8))
+async def main():
+    receiver = aiomm.Receiver(schema, bind="tcp://127.0.0.1:0", blocks=16)
+    await receiver.start()
+    sender = aiomm.Sender(schema)
+    sending = asyncio.ensure_future(sender.send(receiver.expect("a"), {"x": torch.zeros(10, 8)}))
+    (await receiver.receive("a")).release()
+    await sending
+    if sys.argv[1] == "raise":
+        raise LookupError("the user's own")
+try:
+    asyncio.run(main())
+except LookupError:
+    pass
+gc.collect()
+print("collected")
+"""
+
+
+@pytest.mark.parametrize("ending", ["return", "raise"])
+def test_endpoints_that_are_forgotten_do_not_hang_the_garbage_collector(ending: str) -> None:
+    """Nothing refers to them any more, and nothing was closed: the process goes on, and ends."""
+    run = subprocess.run(
+        [sys.executable, "-c", FORGETFUL, ending], capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert (run.returncode, run.stdout) == (0, "collected\n"), run.stderr

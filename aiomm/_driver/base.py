@@ -231,9 +231,9 @@ class Driver(Generic[_Endpoint]):
         self.endpoint.path_lost(path, cause, self.now())
         self._complained.discard(path)
         self._at_address = {at: each for at, each in self._at_address.items() if each != path}
-        if not channel.proves_death:
+        if not channel.proves_death or path not in self._lives:
             self._lives.pop(path, None)
-            channel.disconnect(peer)
+            channel.disconnect(peer)  # else it is watched until it dies
         if not self.standing_contacts <= self._at_address.keys():
             self.loop.call_later(RECONTACT_DELAY, self._keep_contacts)
         self.pump()

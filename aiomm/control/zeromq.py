@@ -26,6 +26,12 @@ _MAX_NAME_NBYTES = 200
 _MAX_SOCKETS = 16 * 1024
 _HEARTBEAT_INTERVAL_MS = 100
 _HEARTBEAT_TIMEOUT_MS = 300
+_CLOSE_SECONDS = 2.0
+
+
+_open_contexts: set[zmq.Context[zmq.Socket[bytes]]] = set()
+"""Kept alive: a context that the garbage collector meets beside its sockets would wait for them
+for ever, in whatever thread it meets it. At exit pyzmq ends those that were never closed."""
 
 
 class ZmqChannel(Channel):
@@ -99,9 +105,9 @@ class ZmqChannel(Channel):
         require_allowed(parsed, insecure=self._insecure)
         identity = f"{self._name}:{uuid.uuid4().hex}".encode()
         link = DealerLink(loop, context, delivery, self._limits, identity)
-        _set_transport_options(link, parsed)
-        link.begin(self.pump_factory)
         try:
+            _set_transport_options(link, parsed)
+            link.begin(self.pump_factory)
             link.socket.connect(parsed.endpoint())
         except zmq.ZMQError as error:
             link.close()
@@ -128,7 +134,7 @@ class ZmqChannel(Channel):
             self._is_closed = True
             self._close_links()
         if self._terminated is not None:
-            await asyncio.shield(self._terminated)
+            await asyncio.wait([self._terminated], timeout=_CLOSE_SECONDS)
 
     @property
     def pump_factory(self) -> PumpFactory:
@@ -170,6 +176,7 @@ class ZmqChannel(Channel):
         if self._context is None:
             self._context = zmq.Context()
             self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+            _open_contexts.add(self._context)
         return self._loop, self._context, self._delivery
 
     def _close_links(self) -> None:
@@ -218,6 +225,7 @@ def _terminate(
 
     def run() -> None:
         context.term()
+        _open_contexts.discard(context)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(finish)
 

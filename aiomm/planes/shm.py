@@ -168,8 +168,12 @@ class _Handover(asyncio.Protocol):
         export.strangers[self] = None
         if len(export.strangers) > MAX_STRANGERS:
             next(iter(export.strangers)).abort()
-        with self._socket() as connection:
-            user = _user_of_peer(connection)
+        try:
+            with self._socket() as connection:
+                user = _user_of_peer(connection)
+        except OSError as exc:  # out of descriptors: whoever it is stays outside
+            self._refuse(f"somebody unknown ({exc})")
+            return
         if user != export.user:
             self._refuse(f"user {user}")
         elif export.is_closed:

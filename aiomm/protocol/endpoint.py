@@ -317,7 +317,7 @@ class Endpoint(ABC):
     def _lose(self, session: Session, failure: Failure, now: float) -> None:
         """The peer cannot be reached. It may still write, and it may come back."""
         if not session.is_lost:
-            session.is_lost = True
+            session.lose()
             self._peer_lost(session, failure, False, now)
             self._do([Part(session.peer_epoch, failure, proven=False)])
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from .frames import PROTOCOL_VERSION, Ack, Frame, Goodbye, Hello, Packet, Ping, Pong, encode
@@ -22,6 +23,7 @@ from .frames import PROTOCOL_VERSION, Ack, Frame, Goodbye, Hello, Packet, Ping, 
 __all__ = ["Contact", "Path", "Session", "Timing"]
 
 MAX_EARLY_FRAMES = 256
+MAX_UNACKNOWLEDGED = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class Session:
         """Ways to reach the peer, the preferred one first; empty while it cannot be reached."""
         self.is_lost = False
         """The peer counts as lost; if it speaks again, the session goes on."""
+        self.is_choked = False
+        """The peer has left too much unacknowledged."""
         self.is_busy = False
         """Somebody waits for this peer: ask for signs of life, and notice when none come."""
         self.ignored = 0
@@ -129,8 +133,19 @@ class Session:
         """Let a packet travel at once, so that the peer learns of the best path."""
         self.say(Ack())
 
+    def lose(self) -> None:
+        """Count the peer as lost; what came too early from it will come again."""
+        self.is_lost = True
+        self._early.clear()
+
     def send(self, frame: Frame) -> None:
-        """Queue a frame that has to arrive."""
+        """Queue a frame that has to arrive.
+
+        A peer that leaves thousands unacknowledged counts as silent, and gets no more.
+        """
+        if len(self._unacknowledged) >= MAX_UNACKNOWLEDGED:
+            self.is_choked = True
+            return
         self._sent += 1
         self._unacknowledged.append((self._sent, frame))
         self._unsent += 1
@@ -193,7 +208,7 @@ class Session:
         return (
             self._waits_for_peer()
             and not self.is_lost
-            and now >= self._last_heard + self._timing.peer_timeout
+            and (self.is_choked or now >= self._last_heard + self._timing.peer_timeout)
         )
 
     def begin_waiting(self, now: float) -> None:
@@ -244,14 +259,15 @@ class Session:
             self._resend_at = now + self._resend_after if settled < pending else None
 
     def _sequenced(self, now: float) -> list[Packet]:
-        """The frames that were never sent; all of them again if the peer has not answered."""
+        """The frames that were never sent, or the first again if the peer has not answered."""
+        first_unsent = len(self._unacknowledged) - self._unsent
+        fresh: list[tuple[int, Frame]] = []
         if self._resend_at is not None and self._resend_at <= now:
-            fresh = list(self._unacknowledged)
+            # The peer keeps no more than so many that are too early.
+            fresh += islice(self._unacknowledged, min(first_unsent, MAX_EARLY_FRAMES))
             self._resend_after = min(2 * self._resend_after, self._timing.resend_last)
             self._resend_at = now + self._resend_after
-        else:
-            first = len(self._unacknowledged) - self._unsent
-            fresh = [self._unacknowledged[index] for index in range(first, first + self._unsent)]
+        fresh += islice(self._unacknowledged, first_unsent, None)
         self._unsent = 0
         if fresh and self._resend_at is None:
             self._resend_at = now + self._resend_after

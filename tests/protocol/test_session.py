@@ -10,7 +10,14 @@ import pytest
 from aiomm.errors import Reason
 from aiomm.protocol import frames
 from aiomm.protocol.frames import Frame, Hello, Packet, decode, specs_of
-from aiomm.protocol.session import MAX_EARLY_FRAMES, Contact, Path, Session, Timing
+from aiomm.protocol.session import (
+    MAX_EARLY_FRAMES,
+    MAX_UNACKNOWLEDGED,
+    Contact,
+    Path,
+    Session,
+    Timing,
+)
 
 from .world import SCHEMA
 
@@ -314,3 +321,45 @@ def test_every_frame_arrives_once_and_in_order(seed: int) -> None:
     link = LossyLink(seed)
     link.run(60)
     assert link.received == {1: list(range(1, 61)), 2: list(range(1, 61))}
+
+
+class TestPeersThatDoNotAnswer:
+    """What a silent or hostile peer can pile up is bounded."""
+
+    def test_only_a_window_is_sent_again(self) -> None:
+        """As much as the peer keeps early; the rest follows when that is acknowledged."""
+        end = session()
+        for number in range(1, 601):
+            end.send(redeem(number))
+        assert len(out(end, 0.0)) == 600
+        again = sequences(out(end, 0.2))
+        assert again == list(range(1, MAX_EARLY_FRAMES + 1))
+        end.receive(ack(MAX_EARLY_FRAMES), 0.3)
+        again = sequences(out(end, 0.5))
+        assert again == list(range(MAX_EARLY_FRAMES + 1, 2 * MAX_EARLY_FRAMES + 1))
+
+    def test_new_frames_go_out_beside_those_that_go_again(self) -> None:
+        """A frame queued just when others are due is not held back."""
+        end = session()
+        end.send(redeem(1))
+        out(end, 0.0)
+        end.send(redeem(2))
+        assert sequences(out(end, 0.2)) == [1, 2]
+
+    def test_thousands_without_an_acknowledgement_count_as_silence(self) -> None:
+        """The queue grows no further, and the peer is lost without waiting."""
+        end = session()
+        for number in range(1, MAX_UNACKNOWLEDGED + 1):
+            end.send(redeem(number % 1000))
+        assert not end.is_silent(0.0)
+        end.send(redeem(0))
+        assert end.is_silent(0.0)
+        assert len(out(end, 0.0)) == MAX_UNACKNOWLEDGED
+
+    def test_a_lost_peer_s_early_frames_are_not_kept(self) -> None:
+        """They will come again if it does."""
+        end = session()
+        end.receive(frame(2), 0.0)
+        end.lose()
+        assert numbers(end.receive(frame(1), 1.0)) == [1]
+        assert numbers(end.receive(frame(2), 1.0)) == [2]
