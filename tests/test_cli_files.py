@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -175,12 +176,12 @@ async def test_ctrl_c_on_recv_ends_the_senders_transfer(out: Path) -> None:
 
 async def test_ctrl_c_on_send_ends_the_receivers_transfer(by_fields: Path) -> None:
     """The pool is full, so that the file waits for blocks when the interrupt comes."""
-    async with Receiver(WHOLE_FILE, bind=HERE, blocks=8) as receiver:
-        receiver.expect("holds every block")
+    async with _full() as receiver:
         sending = ("send", str(by_fields), "--connect", str(receiver.address))
         async with command(*sending) as send:
+            await until(lambda: _requests_waiting(receiver) == 1, "the file waits for blocks")
             waiting = asyncio.ensure_future(_fails(receiver, "fields"))
-            await until(lambda: receiver.metrics()["peers"] > 0, "send has come")
+            await asyncio.sleep(0)  # it waits from here on
             send.interrupt()
             error = await waiting
             sent = await send.end()
@@ -190,15 +191,26 @@ async def test_ctrl_c_on_send_ends_the_receivers_transfer(by_fields: Path) -> No
 
 
 async def test_send_tells_of_a_receiver_that_closes(by_fields: Path) -> None:
-    async with Receiver(WHOLE_FILE, bind=HERE, blocks=8) as receiver:
-        receiver.expect("holds every block")
+    async with _full() as receiver:
         sending = ("send", str(by_fields), "--connect", str(receiver.address))
         async with command(*sending) as send:
-            await until(lambda: receiver.metrics()["peers"] > 0, "send has come")
+            await until(lambda: _requests_waiting(receiver) == 1, "the file waits for blocks")
             await receiver.aclose()
             sent = await send.end()
     assert sent.code == 1
     assert "fields.safetensors: PoolClosed: " in sent.errors
+
+
+@asynccontextmanager
+async def _full() -> AsyncIterator[Receiver]:
+    """A receiver whose blocks are all granted to one transfer that never sends."""
+    async with Receiver(WHOLE_FILE, bind=HERE, blocks=8) as receiver, Sender(WHOLE_FILE) as sender:
+        await sending_state(sender.claim("holds every block", to=receiver.address, timeout=60))
+        yield receiver
+
+
+def _requests_waiting(receiver: Receiver) -> int:
+    return receiver.metrics()["requests_waiting_for_blocks"]
 
 
 async def _fails(receiver: Receiver, request_id: str) -> BaseException | None:
