@@ -43,6 +43,9 @@ class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Use the first plane of `planes` or fail; never fall back to a slower one."""
     insecure: bool = False
     """Allow control addresses off this host without keys: anybody who reaches them can talk."""
+    advertise: Annotated[str, Meta(max_length=255)] = ""
+    """The host name or address by which other hosts reach this one. Without it: what `bind`
+    names, or for a wildcard or an endpoint that only connects, what the route out uses."""
     peer_timeout: _Seconds = 15.0
     """Seconds of silence after which a peer counts as lost. Encoders hold their loop for long."""
     max_peers: Annotated[int, Meta(ge=1, le=65536)] = 1024

@@ -22,6 +22,7 @@ from typing import Any, Self
 import msgspec
 
 from ._driver.lifecycle import Lifecycle
+from ._driver.place import place_of
 from ._driver.receiving import Delivery, ReceiveDriver, Waiter
 from .buffers.arrays import Array
 from .config import ReceiverSettings, settings_from
@@ -204,7 +205,7 @@ class Receiver(Lifecycle):
             schema,
             self.settings,
             bind,
-            make_planes(planes),
+            make_planes(planes, place_of(bind, contacts, self.settings.advertise)),
             self.settings.name or f"receiver-{os.getpid()}",
             takes_any=bool(contacts),
             waiter=Waiter(self._ended, self._awaited, self._untaken),
@@ -226,7 +227,8 @@ class Receiver(Lifecycle):
         planned = parse_address(self._driver.bind)
         if not isinstance(planned, TcpAddress):
             return str(planned)
-        return str(planned.reachable(planned.port)) if planned.port else None
+        advertise = self.settings.advertise
+        return str(planned.reachable(planned.port, advertise)) if planned.port else None
 
     async def aclose(self) -> None:
         """Close, and end every iteration over arrivals; see :meth:`Lifecycle.aclose`."""

@@ -13,6 +13,7 @@ from typing import Any, Self
 import msgspec
 
 from ._driver.lifecycle import Lifecycle
+from ._driver.place import place_of
 from ._driver.routes import Route
 from ._driver.sending import SendDriver, Watcher
 from .buffers.tensors import rows_of
@@ -291,7 +292,8 @@ class Sender(Lifecycle):
         self.schema = schema
         self.settings = settings_from(SenderSettings, settings)
         name = self.settings.name or f"sender-{os.getpid()}"
-        self._driver = SendDriver(schema, self.settings, bind, make_planes(planes), name)
+        place = place_of(bind, (), self.settings.advertise)
+        self._driver = SendDriver(schema, self.settings, bind, make_planes(planes, place), name)
         self._offers: dict[str, tuple[OfferedTicket, asyncio.TimerHandle]] = {}
 
     @property

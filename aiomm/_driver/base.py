@@ -372,11 +372,12 @@ class Driver(Generic[_Endpoint]):
 
 
 def _control_channel(settings: EndpointSettings, bind: str | None, name: str) -> Channel:
+    kind: type[ZmqChannel] = ZmqChannel
     if settings.control == "aiozmq":
         from ..control.aiozmq import AiozmqChannel
 
-        return AiozmqChannel(bind, insecure=settings.insecure, name=name)
-    return ZmqChannel(bind, insecure=settings.insecure, name=name)
+        kind = AiozmqChannel
+    return kind(bind, insecure=settings.insecure, advertise=settings.advertise, name=name)
 
 
 def _stream_channel(name: str, *, listens: bool) -> UnixChannel | None:

@@ -54,10 +54,31 @@ class TcpAddress:
             return f"tcp://127.0.0.1:{self.port}"
         return str(self)
 
-    def reachable(self, port: int) -> TcpAddress:
-        """Return where others reach a socket bound here that was given `port`."""
-        host = _own_host(socket.AF_INET6 if self.is_ipv6 else socket.AF_INET)
-        return TcpAddress(host if self.is_any else self.host, port)
+    def reachable(self, port: int, advertise: str = "") -> TcpAddress:
+        """Return where others reach a socket bound here that was given `port`.
+
+        Args:
+            port: the real one.
+            advertise: the host to tell them; found out if it is empty.
+        """
+        return TcpAddress(advertise or self.own_host(), port)
+
+    def own_host(self) -> str:
+        """Return the address of this host behind a bound address, also a wildcard."""
+        if not self.is_any:
+            return self.host
+        return _route_to("2001:db8::1" if self.is_ipv6 else "192.0.2.1") or socket.gethostname()
+
+    def local_host(self) -> str:
+        """Return the address that this host uses towards this one, a loopback one if none.
+
+        A name is not looked up, which may take long: what leads out of this host counts for it.
+        """
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            return _route_to("192.0.2.1") or "127.0.0.1"
+        return _route_to(self.host) or ("::1" if self.is_ipv6 else "127.0.0.1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +157,12 @@ def _parse_ipc(address: str, rest: str) -> IpcAddress:
     return IpcAddress(Path(rest))
 
 
-def _own_host(family: socket.AddressFamily) -> str:
-    """Return the address this host uses towards others; a UDP `connect` sends nothing."""
-    elsewhere = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"  # documentation nets
+def _route_to(host: str) -> str:
+    """Return the address of this host that packets to `host` carry; empty without a route."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((elsewhere, 9))
-        except OSError:  # no route to anywhere: the name is the best there is
-            return socket.gethostname()
+            probe.connect((host, 9))  # a datagram socket sends nothing for it
+        except OSError:
+            return ""
         return str(probe.getsockname()[0])

@@ -43,10 +43,11 @@ class AiozmqChannel(ZmqChannel):
         bind: str | None,
         *,
         insecure: bool = False,
+        advertise: str = "",
         name: str,
         limits: Limits | None = None,
     ) -> None:
-        super().__init__(bind, insecure=insecure, name=name, limits=limits)
+        super().__init__(bind, insecure=insecure, advertise=advertise, name=name, limits=limits)
         self._library = _import_aiozmq()
 
     @property

@@ -46,6 +46,8 @@ class ZmqChannel(Channel):
         bind: `tcp://host:port` (port 0 or `*`: any free one), `ipc://path` (in a directory of
             this user alone, made if missing), or None not to listen.
         insecure: allow addresses off this host, where anybody who reaches them can talk.
+        advertise: the host in this channel's address; empty: what `bind` says, or for a wildcard
+            the address that leads out of this host.
         name: the readable half of the identity, for logs.
         limits: what a peer that does not read may pile up.
 
@@ -60,6 +62,7 @@ class ZmqChannel(Channel):
         bind: str | None,
         *,
         insecure: bool = False,
+        advertise: str = "",
         name: str,
         limits: Limits | None = None,
     ) -> None:
@@ -71,6 +74,7 @@ class ZmqChannel(Channel):
             require_allowed(self._bind, insecure=insecure)
         self._name = name
         self._insecure = insecure
+        self._advertise = advertise
         self._limits = limits or Limits()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -162,7 +166,7 @@ class ZmqChannel(Channel):
         _set_transport_options(link, bind)
         link.begin(self.pump_factory)
         link.socket.bind(bind.endpoint())
-        self.address = _real_address(link, bind)
+        self.address = _real_address(link, bind, self._advertise)
 
     def _running(
         self,
@@ -210,11 +214,11 @@ async def _resolved(address: TcpAddress) -> TcpAddress:
     return TcpAddress(str(found[0][4][0]), address.port)
 
 
-def _real_address(link: Link, bind: Address) -> str:
+def _real_address(link: Link, bind: Address, advertise: str) -> str:
     if isinstance(bind, IpcAddress):
         return str(bind)
     endpoint = str(link.socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
-    return str(bind.reachable(int(endpoint.rpartition(":")[2])))
+    return str(bind.reachable(int(endpoint.rpartition(":")[2]), advertise))
 
 
 def _terminate(

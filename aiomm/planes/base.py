@@ -15,15 +15,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 from ..buffers.arena import Arena
 from ..buffers.layout import ByteRange
 from ..buffers.tensors import TokenRows
 
-__all__ = ["Export", "GrantKey", "Plane", "RemoteArena", "Run"]
+__all__ = ["Export", "GrantKey", "Place", "Plane", "RemoteArena", "Run"]
 
 MAX_OFFER_NBYTES = 1024
+
+
+class Place(NamedTuple):
+    """Where an endpoint is on the network: what a plane listens on, and what it tells peers."""
+
+    bind: str = "127.0.0.1"
+    """An address of this host, or a wildcard; without brackets."""
+    advertise: str = "127.0.0.1"
+    """The host name or address that peers are told; never a wildcard."""
 
 
 class GrantKey(NamedTuple):
@@ -113,6 +122,16 @@ class Plane(ABC):
 
     name: ClassVar[str]
     """The name on the wire, in settings and in stats, such as `"shm"`."""
+
+    @classmethod
+    def at(cls, place: Place, *, by_name: bool) -> Self:
+        """Return a plane for an endpoint at `place`.
+
+        Args:
+            place: for planes that other hosts reach; the others ignore it.
+            by_name: the user has asked for this plane, not for whatever is best.
+        """
+        return cls()
 
     def unusable(self) -> str | None:
         """Say why this machine cannot use the plane at all, or None if it may be tried."""

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..errors import PlaneUnavailable
-from .base import Plane
+from .base import Place, Plane
 
 __all__ = ["ENTRY_POINT_GROUP", "PREFERENCE", "known_planes", "make_planes"]
 
@@ -46,13 +46,17 @@ def known_planes() -> dict[str, Callable[[], type[Plane]]]:
     return loaders
 
 
-def make_planes(spec: str | Sequence[str | Plane] = "auto") -> list[Plane]:
+def make_planes(
+    spec: str | Sequence[str | Plane] = "auto",
+    place: Place = Place(),  # noqa: B008
+) -> list[Plane]:
     """Return the planes to try, the best one first.
 
     Args:
         spec: `"auto"` (those of :data:`PREFERENCE` that exist), one name, or names and planes
             in the order in which to try them. Of several, one that cannot be imported is
             left out with a warning in the log.
+        place: where the endpoint is on the network.
 
     Raises:
         PlaneUnavailable: a name is not known, or no plane is left.
@@ -70,7 +74,9 @@ def make_planes(spec: str | Sequence[str | Plane] = "auto") -> list[Plane]:
     reasons: list[str] = []
     for one in wanted:
         try:
-            planes.append(one if isinstance(one, Plane) else loaders[one]()())
+            if isinstance(one, str):
+                one = loaders[one]().at(place, by_name=spec != "auto")
+            planes.append(one)
         except PlaneUnavailable as exc:
             logger.warning("%s", exc)
             reasons.append(str(exc))

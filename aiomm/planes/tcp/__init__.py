@@ -6,11 +6,11 @@ secret as the control channel.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from ...buffers.arena import Arena
 from ...errors import PlaneUnavailable
-from ..base import Export, Plane, RemoteArena
+from ..base import Export, Place, Plane, RemoteArena
 from ..copying import CopyThread
 from .receiving import TcpExport
 from .sending import TcpArena, connect
@@ -44,6 +44,11 @@ class TcpPlane(Plane):
         self._port = port
         self._advertise = bind if advertise is None else advertise
         self._thread = CopyThread(self.name)
+
+    @classmethod
+    def at(cls, place: Place, *, by_name: bool) -> Self:
+        """Listen where the control channel does, and tell senders what it tells them."""
+        return cls(bind=place.bind, advertise=place.advertise)
 
     async def export(self, arena: Arena) -> Export:
         """Listen for senders that write into `arena`, which must be host memory.
