@@ -41,6 +41,14 @@ class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """`auto`: ZeroMQ, and the Unix stream with peers on this host. The others stay on ZeroMQ."""
     strict: bool = False
     """Use the first plane of `planes` or fail; never fall back to a slower one."""
+    key_file: str = ""
+    """This endpoint's key pair, from `aiomm keygen`; readable by nobody else. With it every TCP
+    address needs keys, and addresses off this host are allowed."""
+    secret_key: str = ""
+    """The same as 40 characters, where a secret comes out of a store and not from a file."""
+    known_keys: str = ""
+    """Public keys that peers may have: keys, `.key` files and folders of them, separated by
+    commas. Without it: this endpoint's own, for hosts that share one key file."""
     insecure: bool = False
     """Allow control addresses off this host without keys: anybody who reaches them can talk."""
     advertise: Annotated[str, Meta(max_length=255)] = ""
@@ -52,6 +60,13 @@ class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """More peers than this are refused."""
     max_waiting: _Positive = 4096
     """Requests that may wait (for blocks, for a peer, to be taken); more are rejected."""
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__}
+        if self.secret_key:
+            shown["secret_key"] = "..."
+        values = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return f"{type(self).__name__}({values})"
 
 
 class SenderSettings(EndpointSettings, frozen=True, kw_only=True):

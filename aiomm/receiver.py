@@ -26,7 +26,7 @@ from ._driver.place import place_of
 from ._driver.receiving import Delivery, ReceiveDriver, Waiter
 from .buffers.arrays import Array
 from .config import ReceiverSettings, settings_from
-from .control.address import TcpAddress, parse_address, require_allowed
+from .control.address import TcpAddress, parse_address
 from .errors import AiommError, Failure, PoolClosed, ProtocolError, Reason, Rejected
 from .planes.base import Plane
 from .planes.registry import make_planes
@@ -199,8 +199,6 @@ class Receiver(Lifecycle):
         self.schema = schema
         self.settings = settings_from(ReceiverSettings, settings)
         contacts = frozenset((connect,) if isinstance(connect, str) else connect)
-        for address in contacts:
-            require_allowed(parse_address(address), insecure=self.settings.insecure)
         self._driver = ReceiveDriver(
             schema,
             self.settings,
@@ -210,6 +208,8 @@ class Receiver(Lifecycle):
             takes_any=bool(contacts),
             waiter=Waiter(self._ended, self._awaited, self._untaken),
         )
+        for address in contacts:
+            self._driver.channel.check(address)
         self._driver.standing_contacts = contacts
         self._waiting: dict[int, asyncio.Future[Delivery]] = {}
         self._results: dict[int, Delivery | AiommError] = {}
@@ -260,7 +260,7 @@ class Receiver(Lifecycle):
         return Ticket(
             kind="expect",
             request_id=request_id,
-            address=self.address or "",
+            address=driver.channel.told(self.address or ""),
             epoch=driver.endpoint.epoch,
             key=key,
         )

@@ -389,7 +389,7 @@ class Sender(Lifecycle):
         ticket = Ticket(
             kind="offer",
             request_id=request_id,
-            address=self.address,
+            address=driver.channel.told(self.address),
             epoch=driver.endpoint.epoch,
             key=key,
             num_tokens=total,

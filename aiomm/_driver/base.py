@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from ..config import EndpointSettings
 from ..control.base import Channel, Peer
+from ..control.keys import keys_from
 from ..control.unix import ANY_UNIX_ADDRESS, UnixChannel
 from ..control.zeromq import ZmqChannel
 from ..errors import AiommError, Failure, PoolClosed, Reason
@@ -371,13 +372,16 @@ class Driver(Generic[_Endpoint]):
         self.pump()
 
 
-def _control_channel(settings: EndpointSettings, bind: str | None, name: str) -> Channel:
+def _control_channel(settings: EndpointSettings, bind: str | None, name: str) -> ZmqChannel:
     kind: type[ZmqChannel] = ZmqChannel
     if settings.control == "aiozmq":
         from ..control.aiozmq import AiozmqChannel
 
         kind = AiozmqChannel
-    return kind(bind, insecure=settings.insecure, advertise=settings.advertise, name=name)
+    keys = keys_from(settings)
+    return kind(
+        bind, keys=keys, insecure=settings.insecure, advertise=settings.advertise, name=name
+    )
 
 
 def _stream_channel(name: str, *, listens: bool) -> UnixChannel | None:

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from .. import __version__
 from ..config import ReceiverSettings, SenderSettings, settings_from
-from ..control.address import parse_address, require_allowed
 from ..types import Field, Schema
+from .endpoint import EndpointOptions
 from .running import Exit, fail, finish
 
 __all__ = ["app"]
@@ -38,6 +38,7 @@ class PlaneChoice(StrEnum):
 
     AUTO = "auto"
     SHM = "shm"
+    MOONCAKE = "mooncake"
     TCP = "tcp"
 
 
@@ -73,8 +74,24 @@ FieldOption = Annotated[
 TimeoutOption = Annotated[
     float, typer.Option(min=0.001, metavar="SECONDS", help="For each transfer, from its start.")
 ]
+PlaneOption = Annotated[PlaneChoice, typer.Option(help="How bytes move.")]
+KeyFileOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="This side's key, NAME.key_secret of `aiomm keygen`."),
+]
+KnownKeysOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEYS",
+        help="Public keys of peers: files, folders of *.key files, or keys, with commas between. "
+        "Without it: the same key as this side's.",
+    ),
+]
+AdvertiseOption = Annotated[
+    str | None, typer.Option(metavar="HOST", help="How other hosts reach this one.")
+]
 InsecureOption = Annotated[
-    bool, typer.Option("--insecure", help="Allow addresses that other hosts can reach.")
+    bool, typer.Option("--insecure", help="Allow addresses off this host without keys.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -103,7 +120,7 @@ def demo(
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 128,
     default_blocks: Annotated[int, typer.Option(min=1, help="Reserved at first.")] = 8,
     pool_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the pool.")] = 64,
-    plane: Annotated[PlaneChoice, typer.Option(help="How bytes move.")] = PlaneChoice.AUTO,
+    plane: PlaneOption = PlaneChoice.AUTO,
     control: Annotated[
         ControlChoice, typer.Option(help="How control frames move.")
     ] = ControlChoice.AUTO,
@@ -148,7 +165,11 @@ def send(
         str | None, typer.Option(help="Of the one file; otherwise its name without the ending.")
     ] = None,
     field: FieldOption = None,
+    plane: PlaneOption = PlaneChoice.AUTO,
     timeout: TimeoutOption = 300.0,
+    key_file: KeyFileOption = None,
+    known_keys: KnownKeysOption = None,
+    advertise: AdvertiseOption = None,
     insecure: InsecureOption = False,
 ) -> None:
     """Send safetensors files, to `aiomm recv` or to any receiver.
@@ -160,19 +181,26 @@ def send(
     from .sending import SendOptions, send_files
 
     _check_environment()
-    _check_addresses(bind, connect, insecure=insecure)
+    endpoint = EndpointOptions(
+        connect=connect,
+        bind=bind,
+        plane=plane.value,
+        timeout=timeout,
+        key_file=key_file,
+        known_keys=known_keys,
+        advertise=advertise,
+        insecure=insecure,
+    )
+    _check_endpoint(endpoint)
     if request_id is not None and len(files) > 1:
         raise typer.BadParameter("one id is for one file", param_hint="--request-id")
     if request_id == "" or len(request_id or "") > 512 or (request_id or "").startswith("{"):
         message = "1 to 512 characters, the first no {"
         raise typer.BadParameter(message, param_hint="--request-id")
     options = SendOptions(
-        connect=connect,
-        bind=bind,
+        endpoint=endpoint,
         request_id=request_id,
         schema=_schema(field),
-        timeout=timeout,
-        insecure=insecure,
     )
     finish(send_files(files, options, errors=errors), errors=errors)
 
@@ -193,7 +221,11 @@ def recv(
             "Ctrl-C, or with --connect until the sending command is through.",
         ),
     ] = None,
+    plane: PlaneOption = PlaneChoice.AUTO,
     timeout: TimeoutOption = 300.0,
+    key_file: KeyFileOption = None,
+    known_keys: KnownKeysOption = None,
+    advertise: AdvertiseOption = None,
     insecure: InsecureOption = False,
 ) -> None:
     """Receive files from `aiomm send`, or from any sender with --field.
@@ -205,17 +237,45 @@ def recv(
     from .receiving import ReceiveOptions, receive_files
 
     _check_environment()
-    _check_addresses(bind, connect, insecure=insecure)
-    options = ReceiveOptions(
-        bind=bind,
+    endpoint = EndpointOptions(
         connect=connect,
+        bind=bind,
+        plane=plane.value,
+        timeout=timeout,
+        key_file=key_file,
+        known_keys=known_keys,
+        advertise=advertise,
+        insecure=insecure,
+    )
+    _check_endpoint(endpoint)
+    options = ReceiveOptions(
+        endpoint=endpoint,
         schema=_schema(field),
         out=out,
         count=count,
-        timeout=timeout,
-        insecure=insecure,
     )
     finish(receive_files(options, console=console, errors=errors), errors=errors)
+
+
+@app.command(epilog=EXIT_CODES)
+def keygen(
+    path: Annotated[
+        Path, typer.Argument(metavar="[PATH]", help="Where, without an ending; a name will do.")
+    ] = Path("aiomm"),
+) -> None:
+    """Make a key pair for hosts that other hosts talk to.
+
+    PATH.key_secret is for --key-file (or AIOMM_KEY_FILE) of its own host alone; PATH.key goes
+    to the hosts that talk to it, for their --known-keys. Hosts that trust each other alike may
+    as well share one PATH.key_secret, and then need no --known-keys.
+    """
+    from ..control.keys import write_key_pair
+
+    try:
+        secret, public = write_key_pair(path)
+    except OSError as exc:
+        raise fail(str(exc), Exit.USAGE, errors=errors) from None
+    print(f"{secret}\n{public}")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -234,15 +294,17 @@ def _check_environment() -> None:
         raise fail(str(exc), Exit.USAGE, errors=errors) from None
 
 
-def _check_addresses(bind: str | None, connect: str | None, *, insecure: bool) -> None:
-    if (bind is None) == (connect is None):
+def _check_endpoint(endpoint: EndpointOptions) -> None:
+    if (endpoint.bind is None) == (endpoint.connect is None):
         raise typer.BadParameter("give one of them", param_hint="--bind / --connect")
-    name, address = ("--bind", bind) if connect is None else ("--connect", connect)
     try:
-        require_allowed(parse_address(address or ""), insecure=insecure)
+        endpoint.check()
     except ValueError as exc:
         message = str(exc).replace("pass insecure=True", "give --insecure")
-        raise typer.BadParameter(message, param_hint=name) from exc
+        for setting in ("key_file", "known_keys"):
+            message = message.replace(f"{setting}=", f"--{setting.replace('_', '-')}")
+        hint = "--bind" if endpoint.connect is None else "--connect"
+        raise typer.BadParameter(message, param_hint=hint) from exc
 
 
 def _schema(texts: list[str] | None) -> Schema | None:

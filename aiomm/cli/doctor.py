@@ -22,6 +22,7 @@ from ..buffers.layout import ByteRange
 from ..buffers.shm import MemfdArena
 from ..buffers.tensors import TokenRows
 from ..config import ReceiverSettings, SenderSettings, settings_from, variables_of
+from ..control.keys import keys_from
 from ..demo.loops import loop_factory
 from ..errors import AiommError
 from ..planes.base import GrantKey, Plane, Run
@@ -170,13 +171,17 @@ def _finite(limit: int) -> int | None:
 
 
 def _environment() -> dict[str, dict[str, str | None]]:
-    """Return every variable that is read, which setting it is for, and its value."""
+    """Return every variable that is read, which setting it is for, and its value if it may."""
     return {
-        variable: {"setting": field.name, "value": os.environ.get(variable)}
+        variable: {"setting": field.name, "value": _shown(field.name, os.environ.get(variable))}
         for kind in (ReceiverSettings, SenderSettings)
         for field in msgspec.structs.fields(kind)
         for variable in variables_of(field.name)
     }
+
+
+def _shown(setting: str, value: str | None) -> str | None:
+    return "(secret)" if value and setting == "secret_key" else value
 
 
 def _problems(planes: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -186,7 +191,7 @@ def _problems(planes: Mapping[str, Mapping[str, Any]]) -> list[str]:
         problems.append("neither shm nor tcp can be used")
     for kind in (ReceiverSettings, SenderSettings):
         try:
-            settings_from(kind, {})
+            keys_from(settings_from(kind, {}))
         except ValueError as exc:
             problems.append(str(exc))
     return list(dict.fromkeys(problems))

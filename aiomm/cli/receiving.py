@@ -14,6 +14,7 @@ from .._driver.receiving import Delivery
 from ..errors import AiommError
 from ..receiver import Lease, Receiver
 from ..types import Schema
+from .endpoint import EndpointOptions
 from .files import OWN_PREFIX, WHOLE_FILE, save
 from .running import Exit, Unusable
 
@@ -27,15 +28,12 @@ REMAINING = f"{OWN_PREFIX}remaining"
 class ReceiveOptions:
     """What `aiomm recv` is asked to do."""
 
-    bind: str | None
-    connect: str | None
+    endpoint: EndpointOptions
     schema: Schema | None
     """The fields asked for, or None for whole files."""
     out: Path
     count: int | None
     """How many transfers to wait for, failed ones included."""
-    timeout: float
-    insecure: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +81,11 @@ async def receive_files(options: ReceiveOptions, *, console: Console, errors: Co
     options.out.mkdir(parents=True, exist_ok=True)
     async with _TellingReceiver(
         options.schema or WHOLE_FILE,
-        bind=options.bind,
-        connect=options.connect or (),
-        timeout=options.timeout,
-        insecure=options.insecure or None,
+        connect=options.endpoint.connect or (),
+        **options.endpoint.arguments(),
     ) as receiver:
-        where = f"from {options.connect}" if options.connect else f"at {receiver.address}"
+        connect = options.endpoint.connect
+        where = f"from {connect}" if connect else f"at {receiver.address}"
         errors.print(f"receiving {where}", soft_wrap=True, highlight=False)
         arrivals = asyncio.create_task(receiver.gather_arrivals())
         try:
@@ -116,7 +113,7 @@ async def _keep(
             is_last = outcome.metadata.get(REMAINING, 1) == 0
             if not await _save(outcome, options.out, console, errors):
                 code = Exit.FAILED
-        if options.connect and options.count is None and is_last:
+        if options.endpoint.connect and options.count is None and is_last:
             break
     return code
 

@@ -16,6 +16,7 @@ from ..errors import AiommError, IncompatibleSchema
 from ..protocol.states import State
 from ..sender import Sender, Transfer
 from ..types import Schema, TransferStats
+from .endpoint import EndpointOptions
 from .files import (
     Outgoing,
     check_header,
@@ -34,13 +35,10 @@ __all__ = ["SendOptions", "send_files"]
 class SendOptions:
     """What `aiomm send` is asked to do."""
 
-    connect: str | None
-    bind: str | None
+    endpoint: EndpointOptions
     request_id: str | None
     schema: Schema | None
     """The fields asked for, or None: whole, and by fields if the receiver has fields."""
-    timeout: float
-    insecure: bool
 
 
 async def send_files(paths: Sequence[Path], options: SendOptions, *, errors: Console) -> Exit:
@@ -101,7 +99,7 @@ class _Outbox(AsyncExitStack):
                 await self._move(path, outgoing, request_id, remaining)
                 return
             except IncompatibleSchema as exc:
-                if self._options.connect is None:  # the receiver has turned away already
+                if self._options.endpoint.connect is None:  # the receiver has turned away already
                     raise IncompatibleSchema(f"{exc.message}; {await _hint(path)}") from exc
                 self._goes_by_fields = True
                 self._errors.print("the receiver has fields: the file's tensors are sent as such")
@@ -111,7 +109,7 @@ class _Outbox(AsyncExitStack):
     async def _move(self, path: Path, outgoing: Outgoing, request_id: str, remaining: int) -> None:
         sender = await self._sender(outgoing.schema)
         transfer = sender.claim(
-            request_id, to=self._options.connect, num_tokens=outgoing.num_tokens
+            request_id, to=self._options.endpoint.connect, num_tokens=outgoing.num_tokens
         )
         transfer.send(outgoing.tensors, metadata={**outgoing.metadata, REMAINING: remaining})
         nbytes = outgoing.num_tokens * outgoing.schema.token_nbytes
@@ -125,17 +123,10 @@ class _Outbox(AsyncExitStack):
     async def _sender(self, schema: Schema) -> Sender:
         sender = self._senders.get(schema)
         if sender is None:
-            options = self._options
-            sender = await self.enter_async_context(
-                Sender(
-                    schema,
-                    bind=options.bind,
-                    timeout=options.timeout,
-                    insecure=options.insecure or None,
-                )
-            )
+            endpoint = self._options.endpoint
+            sender = await self.enter_async_context(Sender(schema, **endpoint.arguments()))
             self._senders[schema] = sender
-            if options.connect is None:
+            if endpoint.connect is None:
                 told = f"a receiver may connect to {sender.address}"
                 self._errors.print(told, soft_wrap=True, highlight=False)
         return sender

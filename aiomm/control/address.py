@@ -24,6 +24,9 @@ class TcpAddress:
     port: int
     """0 to bind any free port."""
 
+    key: str = ""
+    """The public key of whoever listens there, in hex, as `?key=` in tickets; mostly not told."""
+
     @property
     def is_loopback(self) -> bool:
         """Whether only processes of this host can be meant."""
@@ -46,13 +49,11 @@ class TcpAddress:
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if self.is_ipv6 else self.host
-        return f"tcp://{host}:{self.port}"
+        return f"tcp://{host}:{self.port}" + (f"?key={self.key}" if self.key else "")
 
     def endpoint(self) -> str:
         """Return the spelling that ZeroMQ takes: it does not bind to `localhost`."""
-        if self.host == "localhost":
-            return f"tcp://127.0.0.1:{self.port}"
-        return str(self)
+        return str(TcpAddress("127.0.0.1" if self.host == "localhost" else self.host, self.port))
 
     def reachable(self, port: int, advertise: str = "") -> TcpAddress:
         """Return where others reach a socket bound here that was given `port`.
@@ -118,27 +119,34 @@ def parse_address(address: str) -> Address:
     raise ValueError(message)
 
 
-def require_allowed(address: Address, *, insecure: bool) -> None:
-    """Raise ValueError if `address` leaves this host and nobody said that this is meant."""
-    if insecure or address.is_loopback:
+def require_allowed(address: Address, *, has_keys: bool, insecure: bool) -> None:
+    """Raise ValueError if `address` leaves this host without keys, and nobody said it may."""
+    if has_keys or insecure or address.is_loopback:
         return
     message = (
         f"{address} is not a loopback address, and whoever reaches it could talk to this process: "
-        "use 127.0.0.1, [::1] or ipc://, or pass insecure=True on a network you trust"
+        "make keys with `aiomm keygen` and pass key_file=, or pass insecure=True on a network "
+        "you trust"
     )
     raise ValueError(message)
 
 
 def _parse_tcp(address: str, rest: str) -> TcpAddress:
-    host, _, port_text = rest.rpartition(":")
+    place, question, key = rest.partition("?key=")
+    host, _, port_text = place.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if bracketed else host
     port = 0 if port_text == "*" else _port(port_text)
-    strange = not host or any(letter.isspace() or letter in "/;[]" for letter in host)
+    strange = not host or any(letter.isspace() or letter in "/;[]?" for letter in host)
+    strange = strange or (question != "" and not _is_key(key))
     if port is None or strange or (":" in host) != bracketed:
         message = f"a TCP address is tcp://host:port, not {address!r}"
         raise ValueError(message)
-    return TcpAddress(host, port)
+    return TcpAddress(host, port, key)
+
+
+def _is_key(text: str) -> bool:
+    return len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
 
 
 def _port(text: str) -> int | None:

@@ -20,8 +20,10 @@ from typing import Any, ClassVar
 
 import zmq
 
+from aiomm.control.curve import Complaints
 from aiomm.control.delivery import Delivery
 from aiomm.control.event_socket import Intake
+from aiomm.control.keys import Keys
 from aiomm.control.links import Limits, PumpFactory, RouterLink, ZmqPeer
 from aiomm.control.zeromq import ZmqChannel
 
@@ -42,12 +44,15 @@ class AiozmqChannel(ZmqChannel):
         self,
         bind: str | None,
         *,
+        keys: Keys | None = None,
         insecure: bool = False,
         advertise: str = "",
         name: str,
         limits: Limits | None = None,
     ) -> None:
-        super().__init__(bind, insecure=insecure, advertise=advertise, name=name, limits=limits)
+        super().__init__(
+            bind, keys=keys, insecure=insecure, advertise=advertise, name=name, limits=limits
+        )
         self._library = _import_aiozmq()
 
     @property
@@ -62,7 +67,7 @@ class AiozmqChannel(ZmqChannel):
         delivery: Delivery,
     ) -> RouterLink:
         """Return the link that listens, not bound yet."""
-        return _LenientRouterLink(loop, context, delivery, self._limits)
+        return _LenientRouterLink(loop, context, delivery, self._limits, self._complaints)
 
 
 class _LenientRouterLink(RouterLink):
@@ -74,8 +79,9 @@ class _LenientRouterLink(RouterLink):
         context: zmq.Context[zmq.Socket[bytes]],
         delivery: Delivery,
         limits: Limits,
+        complaints: Complaints,
     ) -> None:
-        super().__init__(loop, context, delivery, limits)
+        super().__init__(loop, context, delivery, limits, complaints)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
 
     def reaches(self, peer: ZmqPeer) -> bool:

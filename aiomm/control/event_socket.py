@@ -10,7 +10,7 @@ starve the rest of the process.
 from __future__ import annotations
 
 import asyncio
-import sys
+import struct
 from collections.abc import Callable
 from typing import Protocol
 
@@ -118,13 +118,21 @@ class EventSocket:
 class EventMonitor:
     """Tells the connection events of one ZeroMQ socket as they happen."""
 
-    EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+    EVENTS = (
+        zmq.EVENT_ACCEPTED
+        | zmq.EVENT_CONNECTED
+        | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        | zmq.EVENT_DISCONNECTED
+    )
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         socket: zmq.Socket[bytes],
-        on_event: Callable[[int], None],
+        on_event: Callable[[int, int], None],
     ) -> None:
         self._watched = socket
         self._on_event = on_event
@@ -142,7 +150,8 @@ class EventMonitor:
     def message_received(self, frames: list[bytes]) -> None:
         """Pass one event on."""
         # Two bytes of event number, four of value. pyzmq's own reader would load zmq.asyncio.
-        self._on_event(int.from_bytes(frames[0][:2], sys.byteorder))
+        event, value = struct.unpack("=HI", frames[0])
+        self._on_event(event, value)
 
     def emptied(self) -> None:
         """Nothing waits for this."""

@@ -25,6 +25,8 @@ from typing import ClassVar
 import zmq
 
 from aiomm.control.base import MAX_PACKET_NBYTES
+from aiomm.control.connections import host_behind, recover_quickly
+from aiomm.control.curve import Complaints
 from aiomm.control.delivery import Delivery
 from aiomm.control.event_socket import EventMonitor, Intake, Pump
 
@@ -41,6 +43,13 @@ _FAREWELL_MS = 200
 _PROBE_DELAYS = (0.001, 0.004, 0.016, 0.064)
 """When to look again for the peer whose connection ended, in seconds. The monitor's event and
 the end of the peer's pipe come from ZeroMQ's own thread on different ways, the event first."""
+
+_MAX_FAILURES = 3
+"""Handshakes that whoever listens may break off; once can be its restart."""
+
+BROKEN_OFF = "whoever listens there ends every handshake: it does not have the key that is meant"
+FOREIGN = "no keys, a wrong one, or no ZeroMQ"
+REFUSED = "this endpoint's key is not among those that the peer knows"
 
 _RETRY_DELAY = 0.01
 """When to try a backlog again without a wake-up, in seconds. ZeroMQ wakes us when there is room,
@@ -216,8 +225,8 @@ class Link(ABC):
         """Deliver nothing of `peer` any more."""
 
     @abstractmethod
-    def connection_changed(self, event: int) -> None:
-        """Take one event of the socket's monitor."""
+    def connection_changed(self, event: int, value: int) -> None:
+        """Take one event of the socket's monitor; `value` is its descriptor or error."""
 
     @abstractmethod
     def message_received(self, frames: list[bytes]) -> None:
@@ -244,13 +253,14 @@ class DealerLink(Link):
         super().__init__(loop, context, delivery, limits)
         self.peer = ZmqPeer(self, identity, limits.backlog_nbytes)
         self._is_connected = False
-        self._has_ended = False
+        self._cause = ""
+        self._failures = 0
         self.socket.setsockopt(zmq.IDENTITY, identity)
 
     @property
     def linger_ms(self) -> int:
         """Nothing can leave while nobody is there: do not wait for it."""
-        return _FAREWELL_MS if self._is_connected and not self._has_ended else 0
+        return _FAREWELL_MS if self._is_connected and not self._cause else 0
 
     def frames(self, peer: ZmqPeer, packet: bytes) -> list[bytes]:
         """A packet is the whole message."""
@@ -266,12 +276,30 @@ class DealerLink(Link):
         self._blocked.clear()
         self.close()
 
-    def connection_changed(self, event: int) -> None:
-        """A connection that stood and ended is a loss; before that ZeroMQ just tries again."""
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._is_connected = True
-        elif event == zmq.EVENT_DISCONNECTED and self._is_connected:
-            self._has_ended = True
+    def connection_changed(self, event: int, value: int) -> None:
+        """A connection that stood and ended is a loss; before that ZeroMQ just tries again.
+
+        Unless the other side refuses: that does not get better by trying.
+        """
+        match event:
+            case zmq.EVENT_CONNECTED:
+                recover_quickly(value)
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._is_connected = True
+            case zmq.EVENT_DISCONNECTED if self._is_connected:
+                self._end("the connection ended")
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._end(REFUSED)
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self._end(FOREIGN)
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._failures += 1
+                if self._failures == _MAX_FAILURES:
+                    self._end(BROKEN_OFF)
+
+    def _end(self, cause: str) -> None:
+        if not self._cause:
+            self._cause = cause
             self.look()
 
     def message_received(self, frames: list[bytes]) -> None:
@@ -281,9 +309,9 @@ class DealerLink(Link):
 
     def emptied(self) -> None:
         """Report the loss once. ZeroMQ would connect again, to whoever listens there by then."""
-        if self._has_ended and self.peer.is_alive:
+        if self._cause and self.peer.is_alive:
             self.forget(self.peer)
-            self._delivery.lost(self.peer, "the connection ended")
+            self._delivery.lost(self.peer, self._cause)
 
 
 class RouterLink(Link):
@@ -297,12 +325,17 @@ class RouterLink(Link):
         context: zmq.Context[zmq.Socket[bytes]],
         delivery: Delivery,
         limits: Limits,
+        complaints: Complaints,
     ) -> None:
         super().__init__(loop, context, delivery, limits)
         # Forgotten peers stay here, silenced, until their connection ends.
         self._peers: dict[bytes, ZmqPeer] = {}
         self._gone: list[ZmqPeer] = []
         self._next_probes: list[asyncio.TimerHandle] = []
+        self._accepted: dict[int, str] = {}
+        """The host behind each descriptor, as far as it could be seen."""
+        self._is_refusing = False
+        self._complaints = complaints
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
 
@@ -332,9 +365,22 @@ class RouterLink(Link):
         peer.end()
         self._blocked.discard(peer)
 
-    def connection_changed(self, event: int) -> None:
-        """Find out whose connection ended."""
-        if event == zmq.EVENT_DISCONNECTED and self._peers:
+    def connection_changed(self, event: int, value: int) -> None:
+        """Find out whose connection ended, and say which strangers were not let in."""
+        match event:
+            case zmq.EVENT_ACCEPTED:
+                self._accepted[value] = host_behind(value)
+                recover_quickly(value)
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._is_refusing = True
+            case zmq.EVENT_DISCONNECTED:
+                self._disconnected(self._accepted.pop(value, ""))
+
+    def _disconnected(self, host: str) -> None:
+        if self._is_refusing:  # ZeroMQ says so right before
+            self._is_refusing = False
+            self._complaints.make(host, f"x {host or 'somebody'} refused: {FOREIGN}")
+        elif self._peers:
             self._cancel_probes()
             self._probe()
             self._next_probes = [self._loop.call_later(s, self._probe) for s in _PROBE_DELAYS]

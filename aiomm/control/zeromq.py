@@ -8,14 +8,18 @@ import os
 import socket
 import threading
 import uuid
+from dataclasses import replace
 from typing import ClassVar
 
 import zmq
+from zmq.utils import z85
 
 from aiomm.control.address import Address, IpcAddress, TcpAddress, parse_address, require_allowed
 from aiomm.control.base import Channel, Handler, Peer, check_packet
+from aiomm.control.curve import Authenticator, Complaints, secure_client, secure_server
 from aiomm.control.delivery import Delivery
 from aiomm.control.event_socket import EventSocket
+from aiomm.control.keys import KeyPair, Keys
 from aiomm.control.links import DealerLink, Limits, Link, PumpFactory, RouterLink, ZmqPeer
 from aiomm.control.private_path import PathClaim
 from aiomm.errors import PoolClosed
@@ -25,7 +29,8 @@ __all__ = ["Limits", "ZmqChannel"]
 _MAX_NAME_NBYTES = 200
 _MAX_SOCKETS = 16 * 1024
 _HEARTBEAT_INTERVAL_MS = 100
-_HEARTBEAT_TIMEOUT_MS = 300
+_HEARTBEAT_TIMEOUT_MS = 2700
+_CONNECT_TIMEOUT_MS = 400
 _CLOSE_SECONDS = 2.0
 
 
@@ -38,21 +43,23 @@ class ZmqChannel(Channel):
     """A ROUTER where peers connect to this endpoint, and a DEALER for each peer it connects to.
 
     A peer that connected is known from its first packet on. The loss of a peer shows as the end
-    of its connection; off this host also as 300 ms without an answer of its ZeroMQ thread. A
+    of its connection; off this host also as 2.7 s without an answer of its ZeroMQ thread. A
     process that is stopped or hangs on this host is not noticed here: the session's own pings
     are for that.
 
     Args:
         bind: `tcp://host:port` (port 0 or `*`: any free one), `ipc://path` (in a directory of
             this user alone, made if missing), or None not to listen.
-        insecure: allow addresses off this host, where anybody who reaches them can talk.
+        keys: with them every TCP address speaks CURVE, and only known peers get in.
+        insecure: allow addresses off this host without keys, where anybody who reaches them can
+            talk.
         advertise: the host in this channel's address; empty: what `bind` says, or for a wildcard
             the address that leads out of this host.
         name: the readable half of the identity, for logs.
         limits: what a peer that does not read may pile up.
 
     Raises:
-        ValueError: the address is malformed, or leaves this host without `insecure`.
+        ValueError: the address is malformed, or leaves this host without keys or `insecure`.
     """
 
     shows_disconnect: ClassVar[bool] = False
@@ -61,6 +68,7 @@ class ZmqChannel(Channel):
         self,
         bind: str | None,
         *,
+        keys: Keys | None = None,
         insecure: bool = False,
         advertise: str = "",
         name: str,
@@ -69,17 +77,18 @@ class ZmqChannel(Channel):
         if not 0 < len(name.encode()) <= _MAX_NAME_NBYTES or name[0] == "\0":
             message = f"a name has 1 to {_MAX_NAME_NBYTES} bytes, not {name!r}"
             raise ValueError(message)
-        self._bind = None if bind is None else parse_address(bind)
-        if self._bind is not None:
-            require_allowed(self._bind, insecure=insecure)
-        self._name = name
+        self._keys = keys
         self._insecure = insecure
+        self._bind = None if bind is None else self._allowed(bind)
+        self._name = name
         self._advertise = advertise
         self._limits = limits or Limits()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._delivery: Delivery | None = None
         self._links: set[Link] = set()
+        self._complaints = Complaints()
+        self._authenticator: Authenticator | None = None
         self._claim: PathClaim | None = None
         self._is_closed = False
         self._terminated: asyncio.Future[None] | None = None
@@ -105,12 +114,14 @@ class ZmqChannel(Channel):
     def connect(self, address: str) -> Peer:
         """Begin to connect to `address`; wait for a listener there as long as it takes."""
         loop, context, delivery = self._running()
-        parsed = parse_address(address)
-        require_allowed(parsed, insecure=self._insecure)
+        parsed = self._allowed(address)
+        server = self._key_of(parsed)
         identity = f"{self._name}:{uuid.uuid4().hex}".encode()
         link = DealerLink(loop, context, delivery, self._limits, identity)
         try:
             _set_transport_options(link, parsed)
+            if server is not None:
+                secure_client(link.socket, *server)
             link.begin(self.pump_factory)
             link.socket.connect(parsed.endpoint())
         except zmq.ZMQError as error:
@@ -119,6 +130,18 @@ class ZmqChannel(Channel):
             raise ValueError(message) from error
         self._links = {other for other in self._links if not other.is_closed} | {link}
         return link.peer
+
+    def check(self, address: str) -> None:
+        """Raise ValueError unless :meth:`connect` would take `address`."""
+        self._key_of(self._allowed(address))
+
+    def told(self, address: str) -> str:
+        """Return `address`, one of this channel, with the key that proves who listens there."""
+        if self._keys is None or not address.startswith("tcp:"):
+            return address
+        parsed = parse_address(address)
+        assert isinstance(parsed, TcpAddress)
+        return str(replace(parsed, key=z85.decode(self._keys.own.public).hex()))
 
     def send(self, peer: Peer, packet: bytes) -> bool:
         """Hand one packet to `peer`'s queue without ever blocking."""
@@ -152,7 +175,7 @@ class ZmqChannel(Channel):
         delivery: Delivery,
     ) -> RouterLink:
         """Return the link that listens, not bound yet."""
-        return RouterLink(loop, context, delivery, self._limits)
+        return RouterLink(loop, context, delivery, self._limits, self._complaints)
 
     async def _listen(self, bind: Address) -> None:
         if isinstance(bind, IpcAddress):
@@ -164,9 +187,29 @@ class ZmqChannel(Channel):
         link = self.make_router(loop, context, delivery)
         self._links.add(link)
         _set_transport_options(link, bind)
+        if self._keys is not None and isinstance(bind, TcpAddress):
+            self._authenticator = Authenticator(loop, context, self._keys, self._complaints)
+            secure_server(link.socket, self._keys.own)
         link.begin(self.pump_factory)
         link.socket.bind(bind.endpoint())
         self.address = _real_address(link, bind, self._advertise)
+
+    def _allowed(self, address: str) -> Address:
+        """Read an address that this channel may bind or connect to."""
+        parsed = parse_address(address)
+        require_allowed(parsed, has_keys=self._keys is not None, insecure=self._insecure)
+        return parsed
+
+    def _key_of(self, address: Address) -> tuple[KeyPair, bytes] | None:
+        """Return our key pair and the public key of whoever listens at `address`."""
+        if isinstance(address, IpcAddress):
+            return None
+        if self._keys is None:
+            if address.key:
+                message = f"{address} speaks with keys, and this endpoint has none: set key_file="
+                raise ValueError(message)
+            return None
+        return self._keys.own, self._keys.key_of(address)
 
     def _running(
         self,
@@ -187,6 +230,8 @@ class ZmqChannel(Channel):
         for link in self._links:
             link.close()
         self._links.clear()
+        if self._authenticator is not None:
+            self._authenticator.close()
         if self._claim is not None:
             self._claim.release()
         if self._context is not None and self._loop is not None:
@@ -205,6 +250,7 @@ def _set_transport_options(link: Link, address: Address) -> None:
         socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_INTERVAL_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
 
 
 async def _resolved(address: TcpAddress) -> TcpAddress:

@@ -17,6 +17,7 @@ from aiomm.control.address import IpcAddress, TcpAddress, parse_address, require
         ("tcp://[::1]:0", TcpAddress("::1", 0)),
         ("tcp://*:80", TcpAddress("*", 80)),
         ("tcp://encoder.example.org:65535", TcpAddress("encoder.example.org", 65535)),
+        (f"tcp://[::1]:7?key={'0a' * 32}", TcpAddress("::1", 7, "0a" * 32)),
         ("ipc:///run/aiomm/control.sock", IpcAddress(Path("/run/aiomm/control.sock"))),
     ],
 )
@@ -42,6 +43,10 @@ def test_an_address_is_read(text: str, expected: TcpAddress | IpcAddress) -> Non
         "tcp://[::1:5555",
         "tcp://eth0;127.0.0.1:5555",
         "tcp://a b:5555",
+        "tcp://127.0.0.1:7?key=",
+        "tcp://127.0.0.1:7?key=0a",
+        f"tcp://127.0.0.1:7?key={'0A' * 32}",
+        f"tcp://127.0.0.1:7?secret={'0a' * 32}",
         "ipc://",
         "ipc://*",
         "ipc://@abstract",
@@ -74,12 +79,13 @@ def test_anything_else_is_refused(text: str) -> None:
 def test_only_loopback_needs_no_word(text: str, stays: bool) -> None:
     address = parse_address(text)
     assert address.is_loopback is stays
-    require_allowed(address, insecure=True)
+    require_allowed(address, has_keys=False, insecure=True)
+    require_allowed(address, has_keys=True, insecure=False)
     if stays:
-        require_allowed(address, insecure=False)
+        require_allowed(address, has_keys=False, insecure=False)
     else:
         with pytest.raises(ValueError, match="insecure=True"):
-            require_allowed(address, insecure=False)
+            require_allowed(address, has_keys=False, insecure=False)
 
 
 def test_all_interfaces_are_given_a_reachable_name() -> None:
