@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
+from tests.hosts import Host
+
 __all__ = ["Command", "Outcome", "command", "outcome_of"]
 
 DEADLINE = 60.0
@@ -61,10 +63,11 @@ class Command:
 
 
 @asynccontextmanager
-async def command(*arguments: str) -> AsyncIterator[Command]:
-    """Run `aiomm` with warnings as errors; it is gone on exit."""
+async def command(*arguments: str, on: Host | None = None) -> AsyncIterator[Command]:
+    """Run `aiomm` with warnings as errors, here or on another host; it is gone on exit."""
+    program = [sys.executable, "-W", "error", "-m", "aiomm", *arguments]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-m", "aiomm", *arguments),
+        *(program if on is None else on.command(*program)),
         stdin=PIPE,
         stdout=PIPE,
         stderr=PIPE,
@@ -81,7 +84,7 @@ async def command(*arguments: str) -> AsyncIterator[Command]:
         await process.wait()
 
 
-async def outcome_of(*arguments: str) -> Outcome:
+async def outcome_of(*arguments: str, on: Host | None = None) -> Outcome:
     """Run `aiomm` to its end."""
-    async with command(*arguments) as running:
+    async with command(*arguments, on=on) as running:
         return await running.end()

@@ -86,7 +86,7 @@ async def receive_files(options: ReceiveOptions, *, console: Console, errors: Co
     ) as receiver:
         connect = options.endpoint.connect
         where = f"from {connect}" if connect else f"at {receiver.address}"
-        errors.print(f"receiving {where}", soft_wrap=True, highlight=False)
+        errors.print(f"receiving {escape(where)}", soft_wrap=True, highlight=False)
         arrivals = asyncio.create_task(receiver.gather_arrivals())
         try:
             return await _keep(receiver, options, console, errors)

@@ -127,7 +127,7 @@ class _Outbox(AsyncExitStack):
             sender = await self.enter_async_context(Sender(schema, **endpoint.arguments()))
             self._senders[schema] = sender
             if endpoint.connect is None:
-                told = f"a receiver may connect to {sender.address}"
+                told = f"a receiver may connect to {escape(str(sender.address))}"
                 self._errors.print(told, soft_wrap=True, highlight=False)
         return sender
 
