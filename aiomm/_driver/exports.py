@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from ..buffers.arena import Arena
 from ..buffers.layout import Layout
@@ -31,6 +33,8 @@ class Exports:
         self._planes_of_link: dict[int, str] = {}
         """The plane whose probe has arrived last over each link."""
         self._grants: dict[int, list[GrantKey]] = {}
+        self._landing: dict[int, list[asyncio.Future[Any]]] = {}
+        """What this side was itself putting into each request's blocks when they were withdrawn."""
 
     async def open(self, arena: Arena, planes: Sequence[Plane], *, strict: bool) -> None:
         """Open `arena` over `planes`, as far as they can be used.
@@ -96,17 +100,28 @@ class Exports:
         self._grants.setdefault(number, []).append(grant)
 
     def revoke(self, number: int) -> bool:
-        """Withdraw the grants of a request; True if the planes prove that nothing can land.
+        """Withdraw the grants of a request.
 
-        A sender whose probe has not arrived yet may use any of them.
+        True if the planes prove that nothing can land but what :meth:`landing` returns. A sender
+        whose probe has not arrived yet may use any of them.
         """
         proven = True
         for grant in self._grants.pop(number, ()):
             used = self._planes_of_link.get(grant.peer)
             for name, export in self._exports.items():
-                if not export.revoke(grant) and used in (name, None):
-                    proven = False
+                if export.revoke(grant) or used not in (name, None):
+                    continue
+                landing = export.landing(grant)
+                self._landing.setdefault(number, []).extend(landing)
+                proven = proven and bool(landing)
         return proven
+
+    def landing(self, number: int) -> list[asyncio.Future[Any]]:
+        """Return what this side itself still puts into blocks of a request that was revoked."""
+        running = [each for each in self._landing.pop(number, ()) if not each.done()]
+        if running:
+            self._landing[number] = running
+        return running
 
     def forget(self, link: int) -> None:
         """Drop what is kept for the sender on `link`, which is gone for good."""

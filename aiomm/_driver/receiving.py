@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
@@ -282,14 +282,35 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         for allocation in allocations:
             self.pool.quarantine(allocation)
         proven = self._exports.revoke(number)
+        landing = self._exports.landing(number)
         blocks = [block for each in allocations for block in each.block_indices]
         logger.info("x request %d: block_indices=%s in quarantine: %s", number, blocks, not proven)
-        if proven:
+        if proven and not landing:
             self.endpoint.drained(number, self.now())
+        elif proven:
+            self.spawn(self._drained(number, landing), f"drain {number}")
+
+    async def _drained(self, number: int, landing: Collection[asyncio.Future[Any]]) -> None:
+        """Wait until this side's own reads into the blocks of a request have ended."""
+        await asyncio.wait(landing)
+        self.endpoint.drained(number, self.now())
+        self.pump()
 
     def _release(self, number: int, allocations: tuple[Allocation, ...]) -> None:
         self._exports.revoke(number)
+        landing = self._exports.landing(number)
+        if landing:
+            self.spawn(self._release_landed(landing, allocations), f"release {number}")
+        else:
+            self.free(allocations)
+
+    async def _release_landed(
+        self, landing: Collection[asyncio.Future[Any]], allocations: tuple[Allocation, ...]
+    ) -> None:
+        """Free blocks when nothing lands there any more, though the sender is done or dead."""
+        await asyncio.wait(landing)
         self.free(allocations)
+        self.pump()
 
     def free(self, allocations: tuple[Allocation, ...]) -> None:
         """Give blocks back that nobody reads and no write can reach, and serve who waits."""

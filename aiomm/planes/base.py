@@ -12,10 +12,11 @@ To write a plane of your own, subclass the three classes here, pass an instance 
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from ..buffers.arena import Arena
 from ..buffers.layout import ByteRange
@@ -79,9 +80,18 @@ class Export(ABC):
     def revoke(self, grant: GrantKey) -> bool:
         """Withdraw `grant`; return True if from now on no byte of it can land.
 
-        False, the default, means that only the sender's word or its death can tell.
+        False, the default, means that only the sender's word or its death can tell, or the end
+        of what :meth:`landing` returns.
         """
         return False
+
+    def landing(self, grant: GrantKey) -> Collection[asyncio.Future[Any]]:
+        """Return what still runs for the withdrawn `grant` in this process.
+
+        For planes whose receiver fetches the bytes itself: once all of these are done, none can
+        land. Nobody else is given the memory before, whatever the sender says or suffers.
+        """
+        return ()
 
     def forget(self, peer: int) -> None:  # noqa: B027
         """Drop what is kept for the sender on link `peer`; it is gone for good."""
@@ -136,6 +146,19 @@ class Plane(ABC):
     def unusable(self) -> str | None:
         """Say why this machine cannot use the plane at all, or None if it may be tried."""
         return None
+
+    async def register(self, memory: memoryview) -> None:  # noqa: B027
+        """Expect many writes from `memory`, until :meth:`unregister`.
+
+        For planes whose hardware reads only memory that it was told of, which takes long; the
+        others have nothing to do. It may be called before anything is attached.
+
+        Raises:
+            PlaneUnavailable: this memory cannot be registered, and why. Writes from it work.
+        """
+
+    async def unregister(self, memory: memoryview) -> None:  # noqa: B027
+        """Take back :meth:`register`, after the last write from `memory`. Idempotent."""
 
     @abstractmethod
     async def export(self, arena: Arena) -> Export:
