@@ -22,6 +22,7 @@ PREFERENCE = ("cuda_ipc", "shm", "mooncake", "tcp")
 
 BUILT_IN = {
     "shm": "aiomm.planes.shm:ShmPlane",
+    "mooncake": "aiomm.planes.mooncake:MooncakePlane",
     "tcp": "aiomm.planes.tcp:TcpPlane",
     "memory": "aiomm.planes.memory:MemoryPlane",
 }

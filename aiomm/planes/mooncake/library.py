@@ -1,0 +1,132 @@
+"""Mooncake's engine as a library: what it has, when it can be imported, and what it is told.
+
+It is told by its environment, which it reads once, at its import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["TransferEngine", "has_rdma", "load", "uses_tcp", "why_unusable"]
+
+DEFAULTS = {
+    "MC_LOG_LEVEL": "ERROR",
+    "MC_TRANSFER_TIMEOUT": "5",
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "2",
+    "MC_TCP_STATUS_TIMEOUT_SEC": "2",
+    "MC_HANDSHAKE_CONNECT_TIMEOUT": "2",
+}
+"""A frozen or cut off peer is noticed after 2 s, not after 30. What the user has set stays."""
+SYSTEM_PACKAGES = {
+    "libibverbs.so.1": "libibverbs1",
+    "libnuma.so.1": "libnuma1",
+    "libcurl.so.4": "libcurl4",
+    "libmlx5.so.1": "ibverbs-providers",
+}
+CUDA_LIBRARIES = ("libcuda.so", "libcudart.so")
+_process: int | None = None
+"""The process that has imported the engine; its forked children cannot use it."""
+
+
+class TransferEngine(Protocol):
+    """What is used of `mooncake.engine.TransferEngine`. All but the first two let the GIL go."""
+
+    def initialize(
+        self, local_hostname: str, metadata_server: str, protocol: str, device_name: str, /
+    ) -> int:
+        """Begin to listen; 0 if it does."""
+
+    def get_rpc_port(self) -> int:
+        """Return the port behind `local_hostname` by which peers know this engine."""
+
+    def batch_register_memory(self, addresses: list[int], capacities: list[int], /) -> int:
+        """Let peers read and write this memory; 0 if they can."""
+
+    def batch_unregister_memory(self, addresses: list[int], /) -> int:
+        """Turn away what peers begin from now on; what has begun goes on."""
+
+    def send_probe(self, peer: str, /) -> int:
+        """Return 0 if `peer` answers; a frozen one takes a minute not to."""
+
+    def batch_transfer_async_read(
+        self, peer: str, targets: list[int], sources: list[int], lengths: list[int], /
+    ) -> int:
+        """Begin to read; return what to ask for the status by, or 0 if it cannot begin."""
+
+    def transfer_check_status(self, batch: int, /) -> int:
+        """Return 1 for done, -1 for failed, else something else; never ask again after these."""
+
+
+def has_rdma() -> bool:
+    """Whether this machine has an RDMA device."""
+    devices = Path("/sys/class/infiniband")
+    return devices.is_dir() and any(devices.iterdir())
+
+
+def uses_tcp() -> bool:
+    """Whether the engine moves bytes over TCP here, which needs no registered target."""
+    return bool(os.environ.get("MC_FORCE_TCP")) or not has_rdma()
+
+
+def why_unusable(host: str) -> str | None:
+    """Say why there can be no engine at `host`, or None. The first time takes 0.1 s."""
+    if _process is not None and _process != os.getpid():
+        return "its engine was loaded before this process was forked: spawn processes instead"
+    try:
+        load(host)
+    except ImportError as exc:
+        return _explain(exc)
+    if _is_ipv6(host) != bool(os.environ.get("MC_USE_IPV6")):
+        other = "IPv4" if _is_ipv6(host) else "IPv6"
+        return f"the engine of this process speaks {other} only, which {host} is not"
+    return None
+
+
+def load(host: str) -> Any:
+    """Import the engine, which reads its environment now and never again.
+
+    Raises:
+        ImportError: it is not there, or not whole.
+    """
+    global _process
+    if _process is None:
+        if not has_rdma():
+            os.environ.setdefault("MC_FORCE_TCP", "1")
+        if _is_ipv6(host):
+            os.environ.setdefault("MC_USE_IPV6", "1")
+        for name, value in DEFAULTS.items():
+            os.environ.setdefault(name, value)
+    module = _import_engine()
+    _process = os.getpid()
+    return module
+
+
+def _import_engine() -> Any:
+    return importlib.import_module("mooncake.engine")
+
+
+def _explain(exc: ImportError) -> str:
+    """Say what to install. That `import mooncake` succeeds proves nothing."""
+    text = str(exc)
+    if any(library in text for library in CUDA_LIBRARIES):
+        return (
+            "Mooncake's CUDA build is installed, and this machine has no CUDA: uninstall it and "
+            'pip install "aiomm[mooncake]", the build without'
+        )
+    for library, package in SYSTEM_PACKAGES.items():
+        if library in text:
+            return f"{library} is missing: install the system package {package}"
+    if isinstance(exc, ModuleNotFoundError):
+        return f'needs Mooncake: pip install "aiomm[mooncake]" ({text})'
+    return f"its engine cannot be imported: {text}"
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return bool(os.environ.get("MC_USE_IPV6"))

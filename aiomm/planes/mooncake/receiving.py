@@ -1,0 +1,350 @@
+"""The receiver's end: it reads what senders have ready for it, as far as it has granted that.
+
+That the receiver reads, rather than the sender writes, is what makes withdrawn grants safe: the
+receiver itself knows when nothing can land any more, whatever becomes of the sender.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections import deque
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import TypeAlias, cast
+
+import msgspec
+
+from ...buffers.arena import Arena
+from ...buffers.layout import ByteRange
+from ...errors import PlaneUnavailable, ProtocolError
+from ..base import Export, GrantKey
+from ..copying import Copies
+from ..permits import Permit, Permits
+from .engine import SharedEngine
+from .wire import (
+    ANSWER,
+    GREETING,
+    KEY_NBYTES,
+    MAGIC,
+    Offer,
+    Parcel,
+    Preamble,
+    Status,
+    keep_watch,
+    parse_parcel,
+    parse_preamble,
+)
+
+__all__ = ["MooncakeExport"]
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 5.0
+CLOSING_SECONDS = 5.0
+"""How long closing waits for reads. The engine ends them after 2 s without progress."""
+MAX_STRANGERS = 64
+MAX_READS = 32
+"""Reads of one connection at once: a frozen sender must not use up the engine's 256."""
+MAX_PARCELS = 64
+"""With so many parcels waiting, a connection is not read from until there are fewer."""
+
+
+Reading: TypeAlias = "asyncio.Future[bool]"
+
+
+class MooncakeExport(Export):
+    """One arena, into which this process reads for senders that show their key.
+
+    `revoke` returns False while a read of the grant runs, which is one of :meth:`landing`.
+
+    Args:
+        engine: held for this export already.
+        memory: the registered address and bytes of the arena, if it is registered.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        engine: SharedEngine,
+        copies: Copies,
+        memory: tuple[int, int] | None,
+        advertise: str,
+    ) -> None:
+        self.arena = arena
+        self.engine = engine
+        self.connections: set[Connection] = set()
+        self.strangers: dict[Connection, None] = {}
+        """Connections that have not shown a key yet, oldest first."""
+        self.permits = Permits()
+        self.is_closed = False
+        self._copies = copies
+        self._memory = memory
+        self._advertise = advertise
+        self._keys: dict[int, bytes] = {}
+        self._reads: dict[GrantKey, set[Reading]] = {}
+        self._has_warned = False
+
+    async def listen(self, host: str) -> None:
+        """Start to listen.
+
+        Raises:
+            PlaneUnavailable: the address cannot be bound.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(lambda: Connection(self), host, 0)
+        except OSError as exc:
+            raise PlaneUnavailable(f"mooncake: cannot listen on {host}: {exc}") from exc
+        self._port: int = self._server.sockets[0].getsockname()[1]
+
+    def offer(self, peer: int) -> bytes:
+        """Return address and key for the sender on link `peer`; the same each time."""
+        key = self._keys.setdefault(peer, secrets.token_bytes(KEY_NBYTES))
+        return msgspec.msgpack.encode(Offer(self._advertise, self._port, peer, key))
+
+    def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
+        """Read for `grant` into `ranges`, and nowhere else."""
+        self.permits.add(grant, ranges)
+
+    def revoke(self, grant: GrantKey) -> bool:
+        """Begin no more reads for `grant`; True if none runs."""
+        self.permits.withdraw(grant)
+        return grant not in self._reads
+
+    def landing(self, grant: GrantKey) -> Collection[Reading]:
+        """Return the reads that run for `grant`."""
+        return tuple(self._reads.get(grant, ()))
+
+    def forget(self, peer: int) -> None:
+        """Void the key and grants of `peer` and close its connections."""
+        self._keys.pop(peer, None)
+        self.permits.withdraw_all(peer)
+        for connection in list(self.connections):
+            if connection.peer == peer:
+                connection.abort()
+
+    async def aclose(self) -> None:
+        """Stop listening, close every connection, and wait for the reads. Idempotent."""
+        is_first, self.is_closed = not self.is_closed, True
+        self._keys.clear()
+        self.permits.withdraw_all()
+        self._server.close()
+        for connection in list(self.connections):
+            connection.abort()
+        if self.connections:
+            await asyncio.wait([connection.lost for connection in self.connections])
+        await self._server.wait_closed()
+        if not is_first:
+            return
+        if running := [read for reads in self._reads.values() for read in reads]:
+            # One that never ends keeps the arena's memory mapped, and does no other harm.
+            await asyncio.wait(running, timeout=CLOSING_SECONDS)
+        if self._memory is not None:
+            await self._copies.run(partial(self.engine.unregister, *self._memory))
+        self.engine.reads.let_go()
+        await self._copies.aclose()
+
+    def read(self, grant: GrantKey, session: str, source: int, target: memoryview) -> Reading:
+        """Begin a read for `grant`."""
+        read = self.engine.reads.start(session, source, target)
+        self._reads.setdefault(grant, set()).add(read)
+        read.add_done_callback(partial(self._ended, grant))
+        return read
+
+    def _ended(self, grant: GrantKey, read: Reading) -> None:
+        reads = self._reads[grant]
+        reads.discard(read)
+        if not reads:
+            del self._reads[grant]
+
+    def knows(self, peer: int, key: bytes) -> bool:
+        """Whether `key` is the key of `peer`; takes the same time for every wrong key."""
+        return hmac.compare_digest(self._keys.get(peer, bytes(KEY_NBYTES + 1)), key)
+
+    def complain(self, address: object, about: str) -> None:
+        """Log a misbehaving peer: the first one as a warning, the rest for debugging."""
+        level = logging.DEBUG if self._has_warned else logging.WARNING
+        self._has_warned = True
+        logger.log(level, "mooncake: closed the connection from %s: %s", address, about)
+
+
+class Incoming:
+    """One parcel: which of its pieces come next, and how it ends."""
+
+    def __init__(self, parcel: Parcel, grant: GrantKey, permit: Permit | None) -> None:
+        self.number = parcel.number
+        self.grant = grant
+        self.num_reads = 0
+        self._pieces = deque(parcel.pieces)
+        self._permit = permit
+        self._has_failed = False
+        if permit is not None and not all(permit.covers(*piece[1:]) for piece in parcel.pieces):
+            self._permit = None
+
+    @property
+    def status(self) -> Status:
+        """What to tell the sender, once the parcel is over."""
+        if self._permit is None:
+            return Status.NOT_PERMITTED
+        if self._permit.is_withdrawn:
+            return Status.REVOKED
+        return Status.FAILED if self._has_failed else Status.LANDED
+
+    @property
+    def has_more(self) -> bool:
+        """Whether another piece is to be read."""
+        return bool(self._pieces) and self.status is Status.LANDED
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it runs, or will."""
+        return not self.num_reads and not self.has_more
+
+    def begin(self, export: MooncakeExport, session: str) -> Reading:
+        """Begin to read the next piece."""
+        piece = self._pieces.popleft()
+        self.num_reads += 1
+        target = export.arena.view(piece.offset, piece.nbytes)
+        return export.read(self.grant, session, piece.source, target)
+
+    def ended(self, read: Reading) -> None:
+        """Count a read that has ended."""
+        self.num_reads -= 1
+        if not read.result():
+            self.fail()
+
+    def fail(self) -> None:
+        """Read no more of it."""
+        self._has_failed = True
+
+
+class Connection(asyncio.Protocol):
+    """One sender's connection: parcels come in, answers go out."""
+
+    def __init__(self, export: MooncakeExport) -> None:
+        self.peer: int | None = None
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._export = export
+        self._received = bytearray()
+        self._session = ""
+        self._contact: asyncio.Task[None] | None = None
+        self._is_greeted = False
+        self._is_held_back = False
+        self._parcels: deque[Incoming] = deque()
+        self._num_reads = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start the deadline of the key."""
+        self._transport = cast("asyncio.Transport", transport)
+        keep_watch(self._transport)
+        self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self.abort)
+        strangers = self._export.strangers
+        strangers[self] = None
+        self._export.connections.add(self)
+        if len(strangers) > MAX_STRANGERS:
+            next(iter(strangers)).abort()
+        if self._export.is_closed:
+            self.abort()
+
+    def data_received(self, received: bytes) -> None:
+        """Take apart what has come."""
+        self._received += received
+        try:
+            while used := self._take(memoryview(self._received)):
+                del self._received[:used]
+        except ProtocolError as exc:
+            self._export.complain(self._transport.get_extra_info("peername"), exc.message)
+            self.abort()
+            return
+        self._read_on()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Leave the export; reads that run end by themselves, and tell nobody."""
+        self._leave_strangers()
+        self._parcels.clear()
+        if self._contact is not None:
+            self._contact.cancel()
+        self._export.connections.discard(self)
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._leave_strangers()
+        self._transport.abort()
+
+    def _take(self, received: memoryview) -> int:
+        """Use the first bytes of `received` and return how many; 0 when more are needed."""
+        with received:
+            if not received:
+                return 0
+            if self.peer is None:
+                preamble = parse_preamble(received)
+                if preamble is not None:
+                    self._admit(preamble)
+                return 0 if preamble is None else preamble.nbytes
+            if not self._is_greeted:
+                raise ProtocolError("a parcel before the greeting")
+            parcel = parse_parcel(received, self._export.arena.nbytes)
+            if parcel is None:
+                return 0
+            grant = GrantKey(self.peer, parcel.generation, parcel.sequence)
+            self._parcels.append(Incoming(parcel, grant, self._export.permits.get(grant)))
+            return parcel.nbytes
+
+    def _admit(self, preamble: Preamble) -> None:
+        if not self._export.knows(preamble.peer, preamble.key):
+            raise ProtocolError("wrong key")
+        self.peer, self._session = preamble.peer, preamble.session
+        self._leave_strangers()
+        self._contact = asyncio.get_running_loop().create_task(self._greet())
+
+    async def _greet(self) -> None:
+        """Try whether the sender's engine is reached from here, and tell."""
+        is_reached = await self._export.engine.contact(self._session)
+        nbytes = self._export.arena.nbytes
+        self._transport.write(GREETING.pack(MAGIC, is_reached, nbytes))
+        self._is_greeted = is_reached
+        if not is_reached:
+            self._transport.close()
+
+    def _read_on(self) -> None:
+        """Begin as many reads as may run, and answer the parcels that are over."""
+        for incoming in list(self._parcels):
+            while incoming.has_more and self._num_reads < MAX_READS:
+                self._num_reads += 1
+                read = incoming.begin(self._export, self._session)
+                read.add_done_callback(partial(self._ended, incoming))
+            if incoming.is_over:
+                self._parcels.remove(incoming)
+                self._transport.write(ANSWER.pack(incoming.number, incoming.status))
+            if self._num_reads == MAX_READS:
+                break
+        self._hold_back()
+
+    def _ended(self, incoming: Incoming, read: Reading) -> None:
+        self._num_reads -= 1
+        incoming.ended(read)
+        if incoming.status is Status.FAILED:
+            # What else this sender has ready would fail in the same way, after seconds each.
+            for other in self._parcels:
+                other.fail()
+        if not self._transport.is_closing():
+            self._read_on()
+
+    def _hold_back(self) -> None:
+        """Take no more parcels while many wait."""
+        is_full = len(self._parcels) >= MAX_PARCELS
+        if is_full != self._is_held_back and not self._transport.is_closing():
+            self._is_held_back = is_full
+            if is_full:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    def _leave_strangers(self) -> None:
+        self._deadline.cancel()
+        self._export.strangers.pop(self, None)
