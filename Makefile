@@ -6,14 +6,15 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-EXTRAS := uvloop,aiozmq,checksum,cli,vision
+EXTRAS := uvloop,aiozmq,checksum,cli,vision,mooncake
+SYSTEM := libibverbs1 libnuma1 libcurl4
 PHOTO  ?= $(VENV)/lib/python3.*/site-packages/matplotlib/mpl-data/sample_data/grace_hopper.jpg
 PYTEST ?= $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
 	echo $$python && break; done)
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup system demo test check bench clean
 
 setup: $(READY)
 
@@ -27,7 +28,21 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 		--editable '.[$(EXTRAS)]'
+	@$(MAKE) --no-print-directory system
 	touch $(READY)
+
+# What the wheel of Mooncake needs of the system, installed where that is possible. Without it
+# only that plane is missing; it says so itself, and its tests are skipped.
+system:
+	@$(BIN)/python -c 'import mooncake.engine' 2>/dev/null || \
+		if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+			{ apt-get install -qq -y --no-install-recommends $(SYSTEM) || \
+			{ timeout 120 apt-get update -qq && \
+			apt-get install -qq -y --no-install-recommends $(SYSTEM); }; } >/dev/null 2>&1 </dev/null || \
+			echo "$(SYSTEM) cannot be installed: the plane mooncake will be missing"; \
+		else \
+			echo "no mooncake plane here; it needs the system packages $(SYSTEM)"; \
+		fi
 
 demo: setup
 	$(BIN)/aiomm demo --image $(PHOTO)

@@ -109,14 +109,14 @@ def test_nothing_is_unpickled() -> None:
 
 
 def test_each_dependency_is_pinned_to_an_exact_version() -> None:
-    """All but the extras that name hardware, which nobody installs by `make setup`."""
+    """All but the extra that needs a GPU, which nobody installs by `make setup`."""
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in pins)
     pinned = [pin.partition("==")[0] for pin in pins]
     assert pinned == sorted(set(pinned))
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = pyproject["project"]["optional-dependencies"]
-    groups = [extras[name] for name in extras if name not in ("mooncake", "cuda")]
+    groups = [extras[name] for name in extras if name != "cuda"]
     groups += [pyproject["project"]["dependencies"], pyproject["dependency-groups"]["dev"]]
     named = {re.split(r"[>=<;\s]", requirement)[0] for group in groups for requirement in group}
     assert named <= set(pinned)

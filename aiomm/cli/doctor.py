@@ -25,7 +25,7 @@ from ..config import ReceiverSettings, SenderSettings, settings_from, variables_
 from ..control.keys import keys_from
 from ..demo.loops import loop_factory
 from ..errors import AiommError
-from ..planes.base import GrantKey, Plane, Run
+from ..planes.base import GrantKey, Place, Plane, Run
 from ..planes.registry import known_planes
 from ..types import Field
 from .doctor_view import show_findings
@@ -43,6 +43,9 @@ PACKAGES = (
     "numpy",
     "safetensors",
     "transformers",
+    "mooncake-transfer-engine-non-cuda",
+    "mooncake-transfer-engine",
+    "mooncake-transfer-engine-cuda13",
 )
 TRIAL_NBYTES = 1 << 20
 TRIAL_SECONDS = 10.0
@@ -66,11 +69,14 @@ async def examine() -> dict[str, Any]:
 async def _examine_plane(load: Any) -> dict[str, Any]:
     """Say whether a plane works here, and if not, why; move a mebibyte to know."""
     began = time.perf_counter()
+    remark = None
     try:
         reason = load()().unusable()
         if reason is None:
             async with asyncio.timeout(TRIAL_SECONDS):
                 await _try(load()(), load()())
+            unless_named = load().at(Place(), by_name=False).unusable()
+            remark = unless_named and f"only if asked for by name: {unless_named}"
     except TimeoutError:
         reason = f"the trial has not ended within {TRIAL_SECONDS:g} s"
     except (AiommError, OSError) as exc:
@@ -78,7 +84,11 @@ async def _examine_plane(load: Any) -> dict[str, Any]:
     except Exception as exc:  # a plane of others may raise anything: it is not usable, then
         reason = f"{type(exc).__name__}: {exc}"
     seconds = time.perf_counter() - began
-    return {"usable": reason is None, "reason": reason, "trial_seconds": round(seconds, 4)}
+    return {
+        "usable": reason is None,
+        "reason": reason or remark,
+        "trial_seconds": round(seconds, 4),
+    }
 
 
 async def _try(receiving: Plane, sending: Plane) -> None:

@@ -17,9 +17,8 @@ def show_findings(findings: Mapping[str, Any], console: Console) -> None:
     planes = Table("plane", "usable", "why", title="Planes", title_justify="left")
     for name, plane in findings["planes"].items():
         usable = "[green]yes[/green]" if plane["usable"] else "[red]no[/red]"
-        why = (
-            plane["reason"] or f"moved 1 MiB in {plane['trial_seconds'] * 1e3:.1f} ms, with set-up"
-        )
+        trial = f"moved 1 MiB in {plane['trial_seconds'] * 1e3:.1f} ms, with set-up"
+        why = "; ".join(filter(None, [plane["usable"] and trial, plane["reason"]]))
         planes.add_row(name, usable, escape(why))
     console.print(planes)
     console.print(_facts(findings))

@@ -75,7 +75,7 @@ class MooncakePlane(Plane):
         To know the latter the engine is imported, which takes 0.1 s once.
         """
         if not (self._by_name or has_rdma()):
-            return "there is no RDMA device here; asked for by name, it takes TCP"
+            return "there is no RDMA device here, and over TCP it is slower than the plane tcp"
         return why_unusable(self._advertise)
 
     async def export(self, arena: Arena) -> Export:

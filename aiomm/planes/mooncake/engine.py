@@ -7,6 +7,7 @@ listens on two ports of every interface, and serves what is registered to whoeve
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import secrets
 import threading
 
@@ -129,6 +130,7 @@ def _initialized(host: str, metadata: str) -> SharedEngine:
         # There the name is ours to choose; its port is not used, and keeps names apart.
         session = f"{own}:{secrets.randbelow(1 << 15) + 1024}"
         code = engine.initialize(session, metadata, "rdma", "")
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))  # not even at exit: it would take 1 s
     if code:
         raise PlaneUnavailable(f"mooncake: no engine at {host} with {metadata}: error {code}")
     return SharedEngine(engine, session)
