@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -191,12 +192,17 @@ def test_a_long_request_id_has_a_file_name_of_its_own(tmp_path: Path) -> None:
         (tmp_path / f"{stem}.safetensors").touch()
 
 
+GOOGLE_LOG = r"^WARNING: Logging before|Local segment descriptor not found$"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(90)
 async def test_doctor_tries_the_planes_and_tells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_MULTIMODAL_BLOCK_SIZE", "256")
     done = await outcome_of("doctor", "--json")
-    assert (done.code, done.errors) == (0, "")
+    # Mooncake's engine logs one line whenever it begins, and a warning that it logs there.
+    errors = [line for line in done.errors.splitlines() if not re.search(GOOGLE_LOG, line)]
+    assert (done.code, errors) == (0, [])
     found: dict[str, Any] = json.loads(done.output)
     assert found["planes"]["shm"] | {"trial_seconds": 0} == {
         "usable": True,

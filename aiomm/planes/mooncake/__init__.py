@@ -72,11 +72,11 @@ class MooncakePlane(Plane):
     def unusable(self) -> str | None:
         """Say that there is no RDMA here and nobody has asked for it by name, or what is missing.
 
-        To know the latter the engine is imported, which takes 0.1 s once.
+        What only the import of the engine shows is told by :meth:`export` and :meth:`attach`.
         """
         if not (self._by_name or has_rdma()):
             return "there is no RDMA device here, and over TCP it is slower than the plane tcp"
-        return why_unusable(self._advertise)
+        return why_unusable()
 
     async def export(self, arena: Arena) -> Export:
         """Open `arena`, which must be host memory, to senders' orders.

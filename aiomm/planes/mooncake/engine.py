@@ -10,9 +10,10 @@ import asyncio
 import ctypes
 import secrets
 import threading
+from typing import Any
 
 from ...errors import PlaneUnavailable
-from .library import TransferEngine, load, why_unusable
+from .library import TransferEngine, load
 from .reads import Reads
 
 __all__ = ["PEER_TO_PEER", "SharedEngine", "engine_at"]
@@ -110,18 +111,16 @@ def engine_at(host: str, metadata: str) -> SharedEngine:
     Raises:
         PlaneUnavailable: there can be none, and why.
     """
-    reason = why_unusable(host)
-    if reason is not None:
-        raise PlaneUnavailable(f"mooncake: {reason}")
     with _lock:
+        library = load(host)
         shared = _engines.get((host, metadata))
         if shared is None:
-            shared = _engines[host, metadata] = _initialized(host, metadata)
+            shared = _engines[host, metadata] = _initialized(library, host, metadata)
         return shared
 
 
-def _initialized(host: str, metadata: str) -> SharedEngine:
-    engine: TransferEngine = load(host).TransferEngine()
+def _initialized(library: Any, host: str, metadata: str) -> SharedEngine:
+    engine: TransferEngine = library.TransferEngine()
     own = f"[{host}]" if ":" in host else host
     if metadata == PEER_TO_PEER:
         code = engine.initialize(host, metadata, "rdma", "")

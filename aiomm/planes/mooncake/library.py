@@ -5,11 +5,15 @@ It is told by its environment, which it reads once, at its import.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.util
 import ipaddress
 import os
 from pathlib import Path
 from typing import Any, Protocol
+
+from ...errors import PlaneUnavailable
 
 __all__ = ["TransferEngine", "has_rdma", "load", "uses_tcp", "why_unusable"]
 
@@ -25,9 +29,11 @@ SYSTEM_PACKAGES = {
     "libibverbs.so.1": "libibverbs1",
     "libnuma.so.1": "libnuma1",
     "libcurl.so.4": "libcurl4",
-    "libmlx5.so.1": "ibverbs-providers",
 }
-CUDA_LIBRARIES = ("libcuda.so", "libcudart.so")
+CUDA_LIBRARIES = ("libcuda.so", "libcudart.so", "libmlx5.so")
+"""What only the CUDA builds need."""
+NOT_INSTALLED = 'needs Mooncake: pip install "aiomm[mooncake]"'
+IPV6_VARIABLE = "MC_USE_IPV6"
 _process: int | None = None
 """The process that has imported the engine; its forked children cannot use it."""
 
@@ -72,37 +78,58 @@ def uses_tcp() -> bool:
     return bool(os.environ.get("MC_FORCE_TCP")) or not has_rdma()
 
 
-def why_unusable(host: str) -> str | None:
-    """Say why there can be no engine at `host`, or None. The first time takes 0.1 s."""
+def why_unusable() -> str | None:
+    """Say what is missing here, as far as that shows without the import, or None."""
     if _process is not None and _process != os.getpid():
         return "its engine was loaded before this process was forked: spawn processes instead"
-    try:
-        load(host)
-    except ImportError as exc:
-        return _explain(exc)
-    if _is_ipv6(host) != bool(os.environ.get("MC_USE_IPV6")):
-        other = "IPv4" if _is_ipv6(host) else "IPv6"
-        return f"the engine of this process speaks {other} only, which {host} is not"
+    if _process is not None:
+        return None
+    if importlib.util.find_spec("mooncake") is None:
+        return NOT_INSTALLED
+    for library, package in SYSTEM_PACKAGES.items():
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            return f"{library} is missing: install the system package {package}"
     return None
 
 
 def load(host: str) -> Any:
-    """Import the engine, which reads its environment now and never again.
+    """Import the engine for an address of this host. It reads its environment now, never again.
+
+    Takes 0.1 s the first time. Which of IPv4 and IPv6 it speaks is settled by it, too.
 
     Raises:
-        ImportError: it is not there, or not whole.
+        PlaneUnavailable: something is missing, or the engine speaks the other of the two.
     """
     global _process
+    reason = why_unusable()
+    if reason is not None:
+        raise PlaneUnavailable(f"mooncake: {reason}")
     if _process is None:
-        if not has_rdma():
-            os.environ.setdefault("MC_FORCE_TCP", "1")
-        if _is_ipv6(host):
-            os.environ.setdefault("MC_USE_IPV6", "1")
-        for name, value in DEFAULTS.items():
-            os.environ.setdefault(name, value)
-    module = _import_engine()
+        _tell(host)
+    try:
+        module = _import_engine()
+    except ImportError as exc:
+        raise PlaneUnavailable(f"mooncake: {_explain(exc)}") from exc
     _process = os.getpid()
+    if _is_ipv6(host) != bool(os.environ.get(IPV6_VARIABLE)):
+        spoken = "IPv4" if _is_ipv6(host) else "IPv6"
+        raise PlaneUnavailable(
+            f"mooncake: the engine of this process speaks {spoken} since it was loaded, "
+            f"and {host} is none of that"
+        )
     return module
+
+
+def _tell(host: str) -> None:
+    """Set the environment, as far as the user has not."""
+    if not has_rdma():
+        os.environ.setdefault("MC_FORCE_TCP", "1")
+    if _is_ipv6(host):
+        os.environ.setdefault(IPV6_VARIABLE, "1")
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 def _import_engine() -> Any:
@@ -121,7 +148,7 @@ def _explain(exc: ImportError) -> str:
         if library in text:
             return f"{library} is missing: install the system package {package}"
     if isinstance(exc, ModuleNotFoundError):
-        return f'needs Mooncake: pip install "aiomm[mooncake]" ({text})'
+        return f"{NOT_INSTALLED} ({text})"
     return f"its engine cannot be imported: {text}"
 
 
@@ -129,4 +156,4 @@ def _is_ipv6(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).version == 6
     except ValueError:
-        return bool(os.environ.get("MC_USE_IPV6"))
+        return bool(os.environ.get(IPV6_VARIABLE))
