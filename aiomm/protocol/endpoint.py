@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..errors import Failure, ProtocolError, Reason
+from .agenda import Agenda
 from .commands import Command, Greet, Part, Transmit
 from .frames import PROTOCOL_VERSION, Frame, Goodbye, Hello, Packet, clipped, decode, encode
 from .session import Contact, Path, Session, Timing
@@ -46,6 +47,7 @@ class Endpoint(ABC):
         """Lives that are over: a late packet must not begin them again. Oldest first."""
         self._refused: set[Path] = set()
         self._commands: list[Command] = []
+        self._agenda = Agenda()
         self._deadlines: list[tuple[float, int]] = []
         self._deadlines_limit = MIN_DEADLINES
 
@@ -115,7 +117,7 @@ class Endpoint(ABC):
         """Look at everything whose time has come."""
         while self._deadlines and self._deadlines[0][0] <= now:
             self._expired(heapq.heappop(self._deadlines)[1], now)
-        for session in list(self.sessions.values()):
+        for session in self._agenda.due(now):
             if session.is_silent(now):
                 silence = f"the peer has not answered for {self._timing.peer_timeout:g} s"
                 self._lose(session, Failure(Reason.PEER_LOST, silence), now)
@@ -127,19 +129,18 @@ class Endpoint(ABC):
         commands = self._next_batch()
         if self._commands:
             return commands  # packets come last: what they speak of is done by then
-        for session in self.sessions.values():
+        for session in self._agenda.take():
             if session.paths:
                 path = session.paths[0]
                 commands += [Transmit(path, packet) for packet in session.packets(now)]
+            self._agenda.schedule(session, session.next_deadline() if session.paths else None)
         for path, contact in self._contacts.items():
             commands += [Transmit(path, packet) for packet in contact.packets(now)]
         return commands
 
     def next_deadline(self) -> float | None:
         """Return when :meth:`timer` and :meth:`commands` have to be called again."""
-        deadlines: list[float | None] = [
-            session.next_deadline() for session in self.sessions.values() if session.paths
-        ]
+        deadlines = [self._agenda.next_deadline()]
         deadlines += [contact.next_deadline() for contact in self._contacts.values()]
         if self._deadlines:
             deadlines.append(self._deadlines[0][0])
@@ -226,6 +227,7 @@ class Endpoint(ABC):
                 path=path,
                 now=now,
                 timing=self._timing,
+                changed=self._agenda.note,
             )
             self._do([Greet(peer, hello)])
         session.add_path(path)
@@ -329,6 +331,7 @@ class Endpoint(ABC):
         session = self.sessions.pop(peer, None)
         if session is not None:
             self._peer_lost(session, failure, True, now)
+            self._agenda.forget(session)
             self._do([Part(peer, failure, proven=True)])
 
     def _make_room(self, now: float) -> bool:

@@ -13,7 +13,7 @@ ever one session, so its numbers never begin again and a late packet is always r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -83,6 +83,7 @@ class Session:
         peer_epoch: the peer's life.
         peer_hello: the peer's Hello.
         path: the first way to reach the peer.
+        changed: is called when there may be packets to take, or another deadline.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Session:
         path: Path,
         now: float,
         timing: Timing,
+        changed: Callable[[Session], None] = lambda _: None,
     ) -> None:
         self.local_epoch = local_epoch
         self.peer_epoch = peer_epoch
@@ -111,6 +113,7 @@ class Session:
         self.ignored = 0
         """Packets that were repeated, or too early to keep."""
         self._timing = timing
+        self._changed = changed
         self._last_heard = now
         self._sent = 0
         self._delivered = 0
@@ -127,6 +130,7 @@ class Session:
     def add_path(self, path: Path) -> None:
         """Add a way to reach the peer, and use it if it is the best."""
         if path not in self.paths:
+            self._changed(self)
             self.paths = sorted([*self.paths, path], key=lambda each: -each.rank)
 
     def announce_path(self) -> None:
@@ -137,6 +141,7 @@ class Session:
         """Count the peer as lost; what came too early from it will come again."""
         self.is_lost = True
         self._early.clear()
+        self._changed(self)
 
     def send(self, frame: Frame) -> None:
         """Queue a frame that has to arrive.
@@ -149,10 +154,12 @@ class Session:
         self._sent += 1
         self._unacknowledged.append((self._sent, frame))
         self._unsent += 1
+        self._changed(self)
 
     def say(self, frame: Frame) -> None:
         """Queue a frame that may be lost: Ping, Pong, Ack, and a last Goodbye."""
         self._outbox.append(frame)
+        self._changed(self)
 
     def greeting(self) -> bytes:
         """Return this side's Hello to the peer, which answers the peer's."""
@@ -163,6 +170,7 @@ class Session:
         self._last_heard = now
         self._ping_at = None
         self.is_lost = False
+        self._changed(self)
 
     def receive(self, packet: Packet, now: float) -> list[Frame]:
         """Take a packet of this peer's; return the frames that are new and in order."""
@@ -216,6 +224,7 @@ class Session:
         if self.is_lost or not self._waits_for_peer():
             self.heard(now)  # a peer that was lost is given the same time again
         self.is_busy = True
+        self._changed(self)
 
     def _waits_for_peer(self) -> bool:
         return self.is_busy or bool(self._unacknowledged)

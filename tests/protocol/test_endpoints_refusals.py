@@ -125,6 +125,15 @@ class TestLimits:
         assert first not in pair.receiver.outcomes
         assert reason(pair.receiver, second) is Reason.BUSY
 
+    def test_a_receiver_that_is_closing_takes_nothing_new(self) -> None:
+        """Who comes late is told at once."""
+        pair = Pair()
+        pair.receiver.endpoint.is_closing = True
+        generation = pair.open()
+        pair.wait(0.1)
+        assert reason(pair.sender, generation) is Reason.CLOSED
+        pair.check_settled()
+
     def test_a_transfer_that_is_too_long_is_refused_when_it_is_claimed(self) -> None:
         """On both sides at once, where it is the ticket's."""
         pair = Pair()
