@@ -330,8 +330,8 @@ class RouterLink(Link):
         super().__init__(loop, context, delivery, limits)
         # Forgotten peers stay here, silenced, until their connection ends.
         self._peers: dict[bytes, ZmqPeer] = {}
-        self._gone: list[ZmqPeer] = []
-        self._next_probes: list[asyncio.TimerHandle] = []
+        self._gone: dict[ZmqPeer, None] = {}
+        self._next_probes: list[asyncio.Handle] = []
         self._accepted: dict[int, str] = {}
         """The host behind each descriptor, as far as it could be seen."""
         self._is_refusing = False
@@ -381,9 +381,9 @@ class RouterLink(Link):
             self._is_refusing = False
             self._complaints.make(host, f"x {host or 'somebody'} refused: {FOREIGN}")
         elif self._peers:
-            self._cancel_probes()
-            self._probe()
-            self._next_probes = [self._loop.call_later(s, self._probe) for s in _PROBE_DELAYS]
+            self._cancel_probes()  # many may leave together: one look at all peers is for all
+            later = [self._loop.call_later(s, self._probe) for s in _PROBE_DELAYS]
+            self._next_probes = [self._loop.call_soon(self._probe), *later]
 
     def message_received(self, frames: list[bytes]) -> None:
         """Deliver a packet of a known or new peer; refuse whatever is not identity and packet."""
@@ -397,7 +397,7 @@ class RouterLink(Link):
 
     def emptied(self) -> None:
         """Report the peers that are gone."""
-        gone, self._gone = self._gone, []
+        gone, self._gone = self._gone, {}
         for peer in gone:
             if self._peers.get(peer.identity) is peer:
                 del self._peers[peer.identity]
@@ -431,8 +431,7 @@ class RouterLink(Link):
         return True
 
     def _set_gone(self, peer: ZmqPeer) -> None:
-        if peer not in self._gone:
-            self._gone.append(peer)
+        self._gone[peer] = None
         self.look()
 
     def _cancel_probes(self) -> None:
