@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -55,12 +55,12 @@ def pattern(seed: int, num_tokens: int) -> dict[str, bytes]:
 
 
 class Child:
-    """One child process."""
+    """One child process: Python with `arguments`, behind the command `prefix` if there is one."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], prefix: Sequence[str] = ()) -> None:
         self._loop = asyncio.get_running_loop()
         self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", *arguments],
+            [*prefix, sys.executable, "-X", "faulthandler", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -46,8 +46,9 @@ HANDSHAKE_SECONDS = 5.0
 CLOSING_SECONDS = 5.0
 """How long closing waits for reads. The engine ends them after 2 s without progress."""
 MAX_STRANGERS = 64
-MAX_READS = 32
-"""Reads of one connection at once: a frozen sender must not use up the engine's 256."""
+MAX_READS = 4
+"""Reads of one connection at once, as many as the engine has lanes to a peer. More would wait
+there, where nothing ends them while a cut off peer is connected to anew."""
 MAX_PARCELS = 64
 """With so many parcels waiting, a connection is not read from until there are fewer."""
 

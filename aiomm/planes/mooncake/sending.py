@@ -213,7 +213,8 @@ class OrderConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail what waits for an answer."""
-        self.lose("the receiver has closed the connection or died" if exc is None else str(exc))
+        died = "the receiver has closed the connection or died"
+        self.lose(died if exc is None else f"the connection to the receiver was lost: {exc}")
 
     def lose(self, why: str) -> None:
         """Close the connection and fail every write that waits on it. Idempotent."""
