@@ -16,7 +16,7 @@ from ._driver.lifecycle import Lifecycle
 from ._driver.place import place_of
 from ._driver.routes import Route
 from ._driver.sending import SendDriver, Watcher
-from .buffers.tensors import rows_of
+from .buffers.tensors import memory_of, rows_of
 from .config import SenderSettings, settings_from
 from .errors import AiommError, Failure, IncompatibleSchema, Reason, Rejected, error_from
 from .planes.base import Plane
@@ -360,6 +360,29 @@ class Sender(Lifecycle):
         transfer = Transfer(self, request_id)
         transfer.send(tensors, metadata=metadata)
         return await self._open(transfer, timeout, ticket=ticket, to=to)
+
+    async def register(self, tensor: object) -> None:
+        """Tell the planes of a long-lived tensor, out of which many transfers will be sent.
+
+        Rows of it are then read from where they are, also by hardware that reads only memory it
+        was told of (RDMA); without this they are copied once more. Other planes do nothing.
+
+        Args:
+            tensor: dense, in host memory. It must stay until :meth:`unregister` or the end.
+
+        Raises:
+            IncompatibleSchema: it is not one writable piece of host memory.
+            PlaneUnavailable: a plane refuses it. Transfers work all the same.
+        """
+        memory = memory_of(tensor)
+        for plane in self._driver.planes:
+            await plane.register(memory)
+
+    async def unregister(self, tensor: object) -> None:
+        """Take back :meth:`register`, after the last transfer out of `tensor`. Idempotent."""
+        memory = memory_of(tensor)
+        for plane in self._driver.planes:
+            await plane.unregister(memory)
 
     def offer(
         self,

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-__all__ = ["JoinedTensors", "PoolTensors", "TokenRows", "load_array_library", "rows_of"]
+__all__ = [
+    "JoinedTensors",
+    "PoolTensors",
+    "TokenRows",
+    "load_array_library",
+    "memory_of",
+    "rows_of",
+]
 
 
 class _Source(NamedTuple):
@@ -163,6 +170,21 @@ def rows_of(schema: Schema, tensors: Mapping[str, object]) -> dict[str, TokenRow
                 f"{other.name!r} has {other.num_tokens}"
             )
     return rows
+
+
+def memory_of(tensor: object) -> memoryview:
+    """Return all bytes of a tensor, shared with it: where they lie, and how many there are.
+
+    Raises:
+        IncompatibleSchema: they are not one writable piece of this process's memory.
+    """
+    dtype = str(getattr(tensor, "dtype", "uint8")).removeprefix("torch.")
+    shape = tuple(getattr(tensor, "shape", (0,)))
+    memory = TokenRows.of("memory", Field(dtype, *shape[1:]), tensor)
+    flat = memory.view(0, memory.num_tokens)
+    if not flat or flat.readonly:
+        raise IncompatibleSchema(f"not one piece of writable host memory: {type(tensor).__name__}")
+    return flat
 
 
 def _check(name: str, field: Field, dtype: str, shape: Sequence[int]) -> None:

@@ -34,6 +34,7 @@ CUDA_LIBRARIES = ("libcuda.so", "libcudart.so", "libmlx5.so")
 """What only the CUDA builds need."""
 NOT_INSTALLED = 'needs Mooncake: pip install "aiomm[mooncake]"'
 IPV6_VARIABLE = "MC_USE_IPV6"
+RDMA_DEVICES = Path("/sys/class/infiniband")
 _process: int | None = None
 """The process that has imported the engine; its forked children cannot use it."""
 
@@ -69,8 +70,7 @@ class TransferEngine(Protocol):
 
 def has_rdma() -> bool:
     """Whether this machine has an RDMA device."""
-    devices = Path("/sys/class/infiniband")
-    return devices.is_dir() and any(devices.iterdir())
+    return RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
 
 
 def uses_tcp() -> bool:
