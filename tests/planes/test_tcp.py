@@ -6,7 +6,10 @@ import asyncio
 import logging
 import socket
 import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
+import msgspec
 import pytest
 import torch
 
@@ -15,8 +18,7 @@ from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes.base import GrantKey, Plane, Run
-from aiomm.planes.copying import CopyThread
-from aiomm.planes.tcp import TcpPlane, receiving, sending, wire
+from aiomm.planes.tcp import TcpPlane, connecting, receiving, wire
 from aiomm.planes.tcp.wire import Status
 
 from .contract import (
@@ -40,6 +42,8 @@ class ByHand:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self.resumed: list[wire.Answer] = []
+        """How the writes stand that an earlier connection has begun."""
 
     @classmethod
     async def connect(cls, link: Link) -> ByHand:
@@ -48,17 +52,24 @@ class ByHand:
         return cls(*await asyncio.open_connection(offer.host, offer.port))
 
     @classmethod
-    async def admitted(cls, link: Link) -> ByHand:
+    async def admitted(cls, link: Link, attachment: int = 0, oldest: int = 0) -> ByHand:
         """Connect and show the key."""
         by_hand = await cls.connect(link)
-        by_hand.writer.write(wire.encode_preamble(wire.decode_offer(link.export.offer(PEER))))
-        greeting = await by_hand.reader.readexactly(wire.GREETING.size)
-        assert wire.parse_greeting(greeting) == link.arena.nbytes
+        offer = wire.decode_offer(link.export.offer(PEER))
+        by_hand.writer.write(wire.encode_preamble(offer, attachment, oldest))
+        greeting = wire.parse_greeting(await by_hand.reader.readexactly(wire.GREETING.size))
+        assert greeting.arena_nbytes == link.arena.nbytes
+        by_hand.resumed = [await by_hand.answer() for _ in range(greeting.num_answers)]
         return by_hand
 
+    async def answer(self) -> wire.Answer:
+        """Return the next answer."""
+        (answer,) = wire.parse_answers(await self.reader.readexactly(wire.ANSWER.size))
+        return answer
+
     async def status(self) -> Status:
-        """Return the next status."""
-        return Status((await self.reader.readexactly(1))[0])
+        """Return the status in the next answer."""
+        return (await self.answer()).status
 
     async def is_cut_off(self) -> bool:
         """Wait for the end of the connection."""
@@ -76,9 +87,12 @@ class ByHand:
             return
 
 
-def header(*pieces: tuple[int, int], grant: GrantKey = GRANT) -> bytes:
+def header(
+    *pieces: tuple[int, int], grant: GrantKey = GRANT, number: int = 0, landed: int = 0
+) -> bytes:
     """Return a header for `pieces` of offset and length, valid or not."""
-    packed = wire.HEADER.pack(wire.HEADER_MAGIC, len(pieces), grant.generation, grant.sequence)
+    names = (number, landed, grant.generation, grant.sequence)
+    packed = wire.HEADER.pack(wire.HEADER_MAGIC, len(pieces), *names)
     return packed + b"".join(wire.PIECE.pack(*piece) for piece in pieces)
 
 
@@ -102,6 +116,31 @@ async def until_received(link: Link, nbytes: int) -> None:
     while BACKGROUND in bytes(first_bytes):
         link.arena.touched.clear()
         await link.arena.touched.wait()
+
+
+@asynccontextmanager
+async def impostor(greeting: bytes, answer: bytes = b"") -> AsyncIterator[bytes]:
+    """Listen as something that is no receiver, and yield an offer that leads there."""
+
+    has_spoken = asyncio.Event()
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(wire.PREAMBLE.size)
+        writer.write(greeting)
+        if answer:
+            await reader.readexactly(wire.HEADER.size)
+            writer.write(answer)
+        with suppress(ConnectionError):
+            await reader.read(1 << 16 if greeting else 0)
+        writer.close()
+        has_spoken.set()
+
+    server = await asyncio.start_server(speak, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    yield msgspec.msgpack.encode(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
+    await has_spoken.wait()
+    server.close()
+    await server.wait_closed()
 
 
 class TestTcpPlane(PlaneContract):
@@ -240,7 +279,7 @@ class TestTcpPlane(PlaneContract):
             b"\x16\x03\x01",
             b"x",
             b"\0" * 200_000,
-            b"aiommT02" + bytes(24),
+            b"aiommT01" + bytes(24),
         ],
     )
     async def test_foreign_traffic_is_cut_off(
@@ -267,9 +306,9 @@ class TestTcpPlane(PlaneContract):
     async def test_a_wrong_key_is_refused(self, link: Link) -> None:
         offer = wire.decode_offer(link.export.offer(PEER))
         for peer, key in ((PEER, bytes(16)), (PEER + 1, offer.key), (PEER + 1, bytes(16))):
-            wrong = wire.Offer(offer.host, offer.port, peer, key)
+            wrong = msgspec.msgpack.encode(wire.Offer(offer.host, offer.port, peer, key))
             with pytest.raises(PlaneUnavailable, match="refuses"):
-                await sending.connect(wrong)
+                await link.plane.attach(wrong)
 
     async def test_a_silent_stranger_is_cut_off_in_time(
         self, link: Link, monkeypatch: pytest.MonkeyPatch
@@ -294,7 +333,7 @@ class TestTcpPlane(PlaneContract):
             bytes(wire.HEADER.size),
             b"\xff" * 100,
             header(),
-            struct.pack("!IIQQ", wire.HEADER_MAGIC, wire.MAX_RUNS + 1, 1, 1),
+            struct.pack("!IIQQQQ", wire.HEADER_MAGIC, wire.MAX_RUNS + 1, 0, 0, 1, 1),
             header((0, ARENA_NBYTES + 1)),
             header((0, 2**64 - 1)),
             header((0, ARENA_NBYTES), (0, 1)),
@@ -332,7 +371,7 @@ class TestTcpPlane(PlaneContract):
 
     # -- lost connections ---------------------------------------------------------------
 
-    async def test_a_lost_connection_fails_its_writes_and_is_made_anew(self) -> None:
+    async def test_a_lost_connection_is_made_anew_and_its_writes_go_on(self) -> None:
         link = await self.open_link(32 << 20)
         assert isinstance(link.export, receiving.TcpExport)
         tensor = torch.zeros(8192, 1024)
@@ -340,10 +379,7 @@ class TestTcpPlane(PlaneContract):
         await until_received(link, 1024)
         for connection in link.export.connections:
             connection.abort()
-        with pytest.raises(PlaneUnavailable):
-            await write
-        await link.remote.quiesce()
-        await link.write([whole(tensor, 0)])
+        await write
         assert link.content() == bytes_of(tensor)
         await link.aclose()
 
@@ -367,53 +403,51 @@ class TestTcpPlane(PlaneContract):
         await link.write([run])
         assert link.content() == expected_content(ARENA_NBYTES, (0, tensor))
 
-    @pytest.mark.parametrize("answer", [b"\x07", b"\x00"])
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            wire.ANSWER.pack(0, 7, 64),
+            wire.ANSWER.pack(0, Status.LANDED, 63),
+            wire.ANSWER.pack(0, Status.REVOKED, 65),
+            wire.ANSWER.pack(0, Status.UNFINISHED, 32),
+            wire.ANSWER.pack(1, Status.LANDED, 64),
+            wire.ANSWER.pack(0, Status.REVOKED, 0) * 2,
+        ],
+    )
     async def test_a_receiver_that_answers_nonsense_is_left(self, answer: bytes) -> None:
-        async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readexactly(wire.PREAMBLE.size)
-            writer.write(wire.GREETING.pack(wire.MAGIC, 4096))
-            if answer == b"\x07":
-                await reader.readexactly(1)
-            writer.write(answer)
-            await reader.read()
-            writer.close()
-
-        server = await asyncio.start_server(speak, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        connection = await sending.connect(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
-        remote = sending.TcpArena(
-            wire.Offer("127.0.0.1", port, PEER, bytes(16)), connection, CopyThread("tcp")
-        )
-        if answer == b"\x00":
-            await connection.ended.wait()
-        else:
-            with pytest.raises(PlaneUnavailable, match="nonsense"):
+        async with impostor(wire.encode_greeting(4096, []), answer) as offer:
+            remote = await TcpPlane().attach(offer)
+            with pytest.raises(PlaneUnavailable, match=r"nonsense|withdrawn"):
                 await remote.write(GRANT, [whole(random_rows(4, 16), 0)])
-        await remote.aclose()
-        server.close()
-        await server.wait_closed()
+            await remote.aclose()
 
-    async def test_a_listener_of_something_else_is_unavailable(self) -> None:
-        async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(b"220 smtp.example.org ESMTP ready\r\n")
-            await reader.read()
-            writer.close()
+    @pytest.mark.parametrize(
+        "greeting",
+        [
+            b"220 smtp.example.org ESMTP ready\r\n",
+            wire.GREETING.pack(wire.MAGIC, True, 4096, wire.MAX_ANSWERS + 1),
+            wire.GREETING.pack(b"aiommT01", True, 4096, 0),
+        ],
+    )
+    async def test_a_listener_of_something_else_is_unavailable(self, greeting: bytes) -> None:
+        async with impostor(greeting) as offer:
+            with pytest.raises(PlaneUnavailable, match="no receiver"):
+                await TcpPlane().attach(offer)
 
-        server = await asyncio.start_server(speak, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        with pytest.raises(PlaneUnavailable, match="no receiver"):
-            await sending.connect(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
-        server.close()
-        await server.wait_closed()
+    async def test_a_listener_that_hangs_up_is_unavailable(self) -> None:
+        async with impostor(b"") as offer:
+            with pytest.raises(PlaneUnavailable, match="cannot be reached: closed"):
+                await TcpPlane().attach(offer)
 
     async def test_a_listener_that_is_silent_is_unavailable(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sending, "CONNECT_SECONDS", 0.02)
+        monkeypatch.setattr(connecting, "CONNECT_SECONDS", 0.02)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
+            offer = msgspec.msgpack.encode(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
             with pytest.raises(PlaneUnavailable, match="silent"):
-                await sending.connect(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
+                await TcpPlane().attach(offer)
 
     # -- addresses ----------------------------------------------------------------------
 

@@ -13,24 +13,26 @@ from ...errors import PlaneUnavailable
 from ..base import Export, Place, Plane, RemoteArena
 from ..copying import CopyThread
 from .receiving import TcpExport
-from .sending import TcpArena, connect
+from .sending import TcpArena
+from .sockets import is_wildcard
 from .wire import decode_offer
 
 __all__ = ["TcpPlane"]
-
-WILDCARDS = frozenset({"", "*", "0.0.0.0", "::"})
 
 
 class TcpPlane(Plane):
     """Writes over TCP, on one host or between two.
 
     Args:
-        bind: the receiver's address to listen on; loopback unless told otherwise.
+        bind: the receiver's address to listen on, or a name for it; loopback unless told
+            otherwise. `"*"` and `"::"` are all addresses of both families, `"0.0.0.0"` is all
+            of IPv4.
         port: the port to listen on; 0 takes any free one.
         advertise: the host name or address that senders are told; `bind` unless given.
 
     Raises:
-        ValueError: `bind` is a wildcard, and `advertise` does not say what senders shall use.
+        ValueError: no address is left that senders can use: `bind` is a wildcard and
+            `advertise` is not given, or is a wildcard itself.
     """
 
     name: ClassVar[str] = "tcp"
@@ -38,11 +40,13 @@ class TcpPlane(Plane):
     def __init__(
         self, *, bind: str = "127.0.0.1", port: int = 0, advertise: str | None = None
     ) -> None:
-        if advertise is None and bind in WILDCARDS:
-            raise ValueError(f"bind={bind!r} needs advertise=, the address that senders reach")
-        self._bind = "0.0.0.0" if bind in ("", "*") else bind
+        self._bind = bind
         self._port = port
         self._advertise = bind if advertise is None else advertise
+        if is_wildcard(self._advertise):
+            raise ValueError(
+                f"bind={bind!r}, advertise={advertise!r}: needs an address that senders reach"
+            )
         self._thread = CopyThread(self.name)
 
     @classmethod
@@ -68,5 +72,4 @@ class TcpPlane(Plane):
         Raises:
             PlaneUnavailable: it cannot be reached within 5 s, or refuses the offer's key.
         """
-        decoded = decode_offer(offer)
-        return TcpArena(decoded, await connect(decoded), self._thread)
+        return await TcpArena.attach(decode_offer(offer), self._thread)

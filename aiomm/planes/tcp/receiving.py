@@ -15,17 +15,18 @@ from ...buffers.arena import Arena
 from ...buffers.layout import ByteRange
 from ...errors import PlaneUnavailable, ProtocolError
 from ..base import Export, GrantKey
-from ..permits import Permit, Permits
+from ..permits import Permits
+from .progress import Attachment, Attachments, Incoming
+from .sockets import listeners
 from .wire import (
-    GREETING,
     KEY_NBYTES,
-    MAGIC,
     MAX_HEADER_NBYTES,
     PREAMBLE,
-    STATUS,
-    Header,
+    REFUSAL,
     Offer,
     Status,
+    encode_answer,
+    encode_greeting,
     parse_header,
     parse_preamble,
 )
@@ -53,9 +54,11 @@ class TcpExport(Export):
         self.strangers: dict[Connection, None] = {}
         """Connections that have not shown a key yet, oldest first."""
         self.permits = Permits()
+        self.attachments = Attachments()
         self.is_closed = False
         self._advertise = advertise
         self._keys: dict[int, bytes] = {}
+        self._servers: list[asyncio.Server] = []
         self._scratch: memoryview | None = None
         self._has_warned = False
 
@@ -67,10 +70,12 @@ class TcpExport(Export):
         """
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(lambda: Connection(self), host, port)
+            for listening in await listeners(host, port):
+                self._port: int = listening.getsockname()[1]
+                server = await loop.create_server(lambda: Connection(self), sock=listening)
+                self._servers.append(server)
         except OSError as exc:
             raise PlaneUnavailable(f"tcp: cannot listen on {host} port {port}: {exc}") from exc
-        self._port: int = self._server.sockets[0].getsockname()[1]
 
     def offer(self, peer: int) -> bytes:
         """Return address and key for the sender with epoch `peer`; the same each time."""
@@ -90,6 +95,7 @@ class TcpExport(Export):
         """Void the key and grants of `peer` and close its connections."""
         self._keys.pop(peer, None)
         self.permits.withdraw_all(peer)
+        self.attachments.forget(peer)
         for connection in list(self.connections):
             if connection.peer == peer:
                 connection.abort()
@@ -99,12 +105,21 @@ class TcpExport(Export):
         self.is_closed = True
         self._keys.clear()
         self.permits.withdraw_all()
-        self._server.close()
+        self.attachments.clear()
+        for server in self._servers:
+            server.close()
         for connection in list(self.connections):
             connection.abort()
         if self.connections:
             await asyncio.wait([connection.lost for connection in self.connections])
-        await self._server.wait_closed()
+        for server in self._servers:
+            await server.wait_closed()
+
+    def supersede(self, newer: Connection) -> None:
+        """Cut off whatever else writes for the attachment of `newer`: memory has one owner."""
+        for connection in list(self.connections):
+            if connection is not newer and connection.attached == newer.attached:
+                connection.abort()
 
     def knows(self, peer: int, key: bytes) -> bool:
         """Whether `key` is the key of `peer`; takes the same time for every wrong key."""
@@ -123,58 +138,18 @@ class TcpExport(Export):
         logger.log(level, "tcp: closed the connection from %s: %s", address, about)
 
 
-class Incoming:
-    """One announced write: where its next bytes belong, and how it ends."""
-
-    def __init__(self, header: Header, permit: Permit | None) -> None:
-        self._pieces = header.pieces
-        self._index = 0
-        self._done = 0
-        self._permit = permit
-        if permit is not None and not all(permit.covers(*piece) for piece in header.pieces):
-            self._permit = None
-        self._skip_finished()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every announced byte has been taken from the socket."""
-        return self._index == len(self._pieces)
-
-    @property
-    def status(self) -> Status:
-        """What to tell the sender, once the write is complete."""
-        if self._permit is None:
-            return Status.NOT_PERMITTED
-        return Status.REVOKED if self._permit.is_withdrawn else Status.LANDED
-
-    def target(self, export: TcpExport) -> memoryview:
-        """Return memory for the next bytes. It asks the permit anew every time."""
-        piece = self._pieces[self._index]
-        nbytes = min(piece.nbytes - self._done, MAX_RECEIVE_NBYTES)
-        if self.status is Status.LANDED:
-            return export.arena.view(piece.offset + self._done, nbytes)
-        return export.scratch()[:nbytes]
-
-    def advance(self, nbytes: int) -> None:
-        """Count bytes that are in place."""
-        self._done += nbytes
-        self._skip_finished()
-
-    def _skip_finished(self) -> None:
-        while not self.is_complete and self._done == self._pieces[self._index].nbytes:
-            self._index += 1
-            self._done = 0
-
-
 class Connection(asyncio.BufferedProtocol):
     """One data connection. The event loop reads into whatever `get_buffer` returns."""
 
     def __init__(self, export: TcpExport) -> None:
         self.peer: int | None = None
+        self.attached: tuple[int, int] | None = None
+        """The sender and its attachment, once the key was shown."""
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._export = export
         self._head = memoryview(bytearray(max(HEAD_NBYTES, MAX_HEADER_NBYTES)))
         self._filled = 0
+        self._attachment = Attachment()
         self._incoming: Incoming | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -192,11 +167,13 @@ class Connection(asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the arena's bytes that come next, or room for a header."""
         if self._incoming is not None:
-            return self._incoming.target(self._export)
+            return self._target(self._incoming)
         return self._head[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Go on after `nbytes` bytes were put where :meth:`get_buffer` said."""
+        if self._transport.is_closing():
+            return
         if self._incoming is not None:
             self._incoming.advance(nbytes)
             self._end_if_complete()
@@ -209,7 +186,7 @@ class Connection(asyncio.BufferedProtocol):
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Leave the export; a write that was half way stays half way."""
+        """Leave the export; a write that was half way may go on over another connection."""
         self._leave_strangers()
         self._export.connections.discard(self)
         if not self.lost.done():
@@ -224,8 +201,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.resume_reading()
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close at once: nothing more lands."""
         self._leave_strangers()
+        self._incoming = None
         self._transport.abort()
 
     def _consume(self) -> None:
@@ -248,7 +226,7 @@ class Connection(asyncio.BufferedProtocol):
         if header is None:
             return 0
         grant = GrantKey(self.peer, header.generation, header.sequence)
-        self._incoming = Incoming(header, self._export.permits.get(grant))
+        self._incoming = self._attachment.begin(header, self._export.permits.get(grant))
         self._end_if_complete()
         return header.nbytes
 
@@ -256,28 +234,44 @@ class Connection(asyncio.BufferedProtocol):
         preamble = parse_preamble(received)
         if preamble is None:
             return 0
-        peer, key = preamble
-        if not self._export.knows(peer, key):
-            raise ProtocolError("wrong key")
-        self.peer = peer
         self._leave_strangers()
-        self._transport.write(GREETING.pack(MAGIC, self._export.arena.nbytes))
+        if not self._export.knows(preamble.peer, preamble.key):
+            self._refuse()
+            return PREAMBLE.size
+        self.peer = preamble.peer
+        self.attached = (preamble.peer, preamble.attachment)
+        self._export.supersede(self)
+        self._attachment = self._export.attachments.get(*self.attached)
+        answers = self._attachment.resume(preamble.oldest)
+        self._transport.write(encode_greeting(self._export.arena.nbytes, answers))
         return PREAMBLE.size
+
+    def _refuse(self) -> None:
+        self._export.complain(self._transport.get_extra_info("peername"), "wrong key")
+        self._transport.write(REFUSAL)
+        self._transport.close()
 
     def _land(self, received: memoryview) -> int:
         assert self._incoming is not None
         if not received:
             return 0
-        target = self._incoming.target(self._export)
+        target = self._target(self._incoming)
         nbytes = min(len(received), len(target))
         target[:nbytes] = received[:nbytes]
         self._incoming.advance(nbytes)
         self._end_if_complete()
         return nbytes
 
+    def _target(self, incoming: Incoming) -> memoryview:
+        """Return the arena's memory for the next bytes, or other if they may not land."""
+        place = incoming.place(MAX_RECEIVE_NBYTES)
+        if incoming.status is Status.LANDED:
+            return self._export.arena.view(*place)
+        return self._export.scratch()[: place.nbytes]
+
     def _end_if_complete(self) -> None:
         if self._incoming is not None and self._incoming.is_complete:
-            self._transport.write(STATUS.pack(self._incoming.status))
+            self._transport.write(encode_answer(self._attachment.end(self._incoming)))
             self._incoming = None
 
     def _leave_strangers(self) -> None:

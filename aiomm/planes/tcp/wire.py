@@ -2,14 +2,20 @@
 
 ::
 
-    sender                                     receiver
-      | -- preamble: version, epoch, key ---------> |   else the connection is closed
-      | <- greeting: version, bytes of the arena -- |
-      | -- header: grant, runs -------------------> |
-      | -- the bytes of all runs -----------------> |   straight into the arena, or thrown away
-      | <- status: landed, or why not ------------- |   one per header, in their order
+    sender                                      receiver
+      | -- preamble: version, peer, key, --------> |   a wrong key is refused
+      |    attachment, oldest open write           |
+      | <- greeting: version, arena's bytes, ----- |   an older connection of the same
+      |    an answer for each open write           |   attachment is cut off before
+      | -- header: number, landed, grant, runs --> |
+      | -- the runs' bytes that have not landed -> |   straight into the arena, or thrown away
+      | <- answer: number, status, landed -------- |   one per header, in their order
 
-Headers follow each other without waiting for the statuses.
+Headers follow each other without waiting for answers. A sender numbers the writes of one
+attachment. When the connection breaks it makes a new one and says which of its writes is the
+oldest without an answer; the receiver tells how those from there on have ended, and of how many
+bytes of the others have landed. The sender goes on with these behind the last landed byte, in any
+order, each with its header again. A write that the receiver does not mention begins anew.
 """
 
 from __future__ import annotations
@@ -26,45 +32,85 @@ from ...errors import PlaneUnavailable, ProtocolError
 from ..base import GrantKey, Run
 
 __all__ = [
+    "ANSWER",
     "GREETING",
     "KEY_NBYTES",
+    "MAX_ANSWERS",
     "MAX_HEADER_NBYTES",
     "MAX_RUNS",
     "PREAMBLE",
-    "STATUS",
+    "REFUSAL",
+    "Answer",
+    "Greeting",
     "Header",
     "Offer",
     "Piece",
+    "Preamble",
     "Status",
     "decode_offer",
+    "encode_answer",
+    "encode_greeting",
     "encode_header",
     "encode_preamble",
+    "parse_answers",
     "parse_greeting",
     "parse_header",
     "parse_preamble",
 ]
 
-MAGIC = b"aiommT01"
+MAGIC = b"aiommT02"
 """The last two digits are the version."""
 KEY_NBYTES = 16
 MAX_RUNS = 1024
+MAX_ANSWERS = 1024
+"""In a greeting."""
 MAX_INTEGER = 2**63 - 1
 
-PREAMBLE = struct.Struct(f"!8sQ{KEY_NBYTES}s")
-GREETING = struct.Struct("!8sQ")
+PREAMBLE = struct.Struct(f"!8sQ{KEY_NBYTES}sQQ")
+GREETING = struct.Struct("!8s?QI")
 HEADER_MAGIC = 0xA103C0DE
-HEADER = struct.Struct("!IIQQ")
+HEADER = struct.Struct("!IIQQQQ")
 PIECE = struct.Struct("!QQ")
-STATUS = struct.Struct("!B")
+ANSWER = struct.Struct("!QBQ")
 MAX_HEADER_NBYTES = HEADER.size + MAX_RUNS * PIECE.size
+REFUSAL = GREETING.pack(MAGIC, False, 0, 0)
+"""Instead of a greeting, for whoever shows a wrong key."""
 
 
 class Status(IntEnum):
-    """What became of one header and its bytes."""
+    """What has become of one write."""
 
     LANDED = 0
     NOT_PERMITTED = 1
     REVOKED = 2
+    UNFINISHED = 3
+    """Its connection broke; only a greeting says this."""
+
+
+class Preamble(NamedTuple):
+    """Who connects, and what for."""
+
+    peer: int
+    key: bytes
+    attachment: int
+    """Chosen by the sender, the same for the connections that follow each other."""
+    oldest: int
+    """The number of the first write that the sender has no answer for."""
+
+
+class Greeting(NamedTuple):
+    """What a sender that is let in learns first; that many answers come behind it."""
+
+    arena_nbytes: int
+    num_answers: int
+
+
+class Answer(NamedTuple):
+    """How write `number` stands: `landed` of its bytes have been taken."""
+
+    number: int
+    status: Status
+    landed: int
 
 
 class Piece(NamedTuple):
@@ -75,8 +121,10 @@ class Piece(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Announces the bytes of `pieces`, in that order; `generation`, `sequence` name the grant."""
+    """Announces the bytes of `pieces`, in that order, but for the first `landed` of them."""
 
+    number: int
+    landed: int
     generation: int
     sequence: int
     pieces: tuple[Piece, ...]
@@ -105,13 +153,13 @@ def decode_offer(encoded: bytes) -> Offer:
         raise PlaneUnavailable(f"tcp: not an offer: {exc}") from exc
 
 
-def encode_preamble(offer: Offer) -> bytes:
+def encode_preamble(offer: Offer, attachment: int = 0, oldest: int = 0) -> bytes:
     """Return what a sender says first."""
-    return PREAMBLE.pack(MAGIC, offer.peer, offer.key)
+    return PREAMBLE.pack(MAGIC, offer.peer, offer.key, attachment, oldest)
 
 
-def parse_preamble(received: memoryview) -> tuple[int, bytes] | None:
-    """Return the epoch and key that a sender shows, or None while they are not complete.
+def parse_preamble(received: memoryview) -> Preamble | None:
+    """Return what a sender has said first, or None while it is not complete.
 
     Raises:
         ProtocolError: this is something else, or another version; known from the first byte.
@@ -120,27 +168,55 @@ def parse_preamble(received: memoryview) -> tuple[int, bytes] | None:
         raise ProtocolError(f"foreign traffic, beginning with {bytes(received[:16])!r}")
     if len(received) < PREAMBLE.size:
         return None
-    _, peer, key = PREAMBLE.unpack_from(received)
-    return peer, key
+    _, peer, key, attachment, oldest = PREAMBLE.unpack_from(received)
+    return Preamble(peer, key, attachment, oldest)
 
 
-def parse_greeting(received: bytes) -> int:
-    """Return the bytes of the receiver's arena.
+def encode_greeting(arena_nbytes: int, answers: Sequence[Answer]) -> bytes:
+    """Return what a sender with the right key hears, at most :data:`MAX_ANSWERS` answers."""
+    greeting = GREETING.pack(MAGIC, True, arena_nbytes, len(answers))
+    return greeting + b"".join(map(encode_answer, answers))
+
+
+def parse_greeting(received: bytes) -> Greeting:
+    """Return what a receiver has said first.
 
     Raises:
-        PlaneUnavailable: whoever answered is no receiver of ours.
+        PlaneUnavailable: it is no receiver of ours, or refuses the key.
     """
-    magic, nbytes = GREETING.unpack(received)
-    if magic != MAGIC:
+    magic, is_admitted, nbytes, num_answers = GREETING.unpack(received)
+    if magic != MAGIC or num_answers > MAX_ANSWERS:
         raise PlaneUnavailable("tcp: whoever listens there is no receiver of this version")
-    return int(nbytes)
+    if not is_admitted:
+        raise PlaneUnavailable("tcp: the receiver refuses this process's key")
+    return Greeting(nbytes, num_answers)
 
 
-def encode_header(grant: GrantKey, runs: Sequence[Run]) -> bytes:
+def encode_answer(answer: Answer) -> bytes:
+    """Return an answer as it goes over the wire."""
+    return ANSWER.pack(*answer)
+
+
+def parse_answers(received: bytes) -> list[Answer]:
+    """Return the answers that `received` consists of.
+
+    Raises:
+        PlaneUnavailable: there is no such status.
+    """
+    try:
+        return [
+            Answer(number, Status(status), landed)
+            for number, status, landed in ANSWER.iter_unpack(received)
+        ]
+    except ValueError as exc:
+        raise PlaneUnavailable(f"tcp: the receiver answers nonsense: {exc}") from exc
+
+
+def encode_header(grant: GrantKey, runs: Sequence[Run], number: int = 0, landed: int = 0) -> bytes:
     """Return the header of a write of at most :data:`MAX_RUNS` runs."""
     numbers = [number for run in runs for number in (run.offset, run.nbytes)]
-    header = HEADER.pack(HEADER_MAGIC, len(runs), grant.generation, grant.sequence)
-    return header + struct.pack(f"!{len(numbers)}Q", *numbers)
+    head = HEADER.pack(HEADER_MAGIC, len(runs), number, landed, grant.generation, grant.sequence)
+    return head + struct.pack(f"!{len(numbers)}Q", *numbers)
 
 
 def parse_header(received: memoryview, arena_nbytes: int) -> Header | None:
@@ -151,7 +227,7 @@ def parse_header(received: memoryview, arena_nbytes: int) -> Header | None:
     """
     if len(received) < HEADER.size:
         return None
-    magic, num_runs, generation, sequence = HEADER.unpack_from(received)
+    magic, num_runs, number, landed, generation, sequence = HEADER.unpack_from(received)
     if magic != HEADER_MAGIC or not 1 <= num_runs <= MAX_RUNS:
         raise ProtocolError(f"not a header: {bytes(received[: HEADER.size])!r}")
     nbytes = HEADER.size + num_runs * PIECE.size
@@ -161,4 +237,4 @@ def parse_header(received: memoryview, arena_nbytes: int) -> Header | None:
     announced = sum(piece.nbytes for piece in pieces)
     if announced > arena_nbytes:
         raise ProtocolError(f"{announced} bytes announced for an arena of {arena_nbytes}")
-    return Header(generation, sequence, pieces, nbytes)
+    return Header(number, landed, generation, sequence, pieces, nbytes)
