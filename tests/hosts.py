@@ -41,6 +41,11 @@ class Host:
         """Run a short command on this host and return what it prints."""
         return _run(*self.command(*command.split()))
 
+    def sent_nbytes(self) -> int:
+        """Return what this host has ever sent over the cable, with all headers."""
+        words = self.run(f"ip -s link show dev {self.device}").split()
+        return int(words[words.index("TX:") + 7])
+
 
 @dataclass(frozen=True)
 class Hosts:

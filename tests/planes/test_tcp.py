@@ -17,8 +17,8 @@ from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
-from aiomm.planes.base import GrantKey, Plane, Run
-from aiomm.planes.tcp import TcpPlane, connecting, receiving, wire
+from aiomm.planes.base import GrantKey, Place, Plane, Run
+from aiomm.planes.tcp import TcpPlane, connecting, receiving, sending, sockets, wire
 from aiomm.planes.tcp.wire import Status
 
 from .contract import (
@@ -457,14 +457,83 @@ class TestTcpPlane(PlaneContract):
             with pytest.raises(PlaneUnavailable, match="cannot listen"):
                 await plane.export(HostArena(4096))
 
-    def test_a_wildcard_needs_an_address_to_advertise(self) -> None:
-        for wildcard in ("", "*", "0.0.0.0", "::"):
-            with pytest.raises(ValueError, match="advertise"):
-                TcpPlane(bind=wildcard)
+    WILDCARDS = ("", "*", "0.0.0.0", "::", "0:0::0", "::ffff:0.0.0.0")
+
+    @pytest.mark.parametrize("wildcard", WILDCARDS)
+    def test_a_wildcard_is_never_advertised(self, wildcard: str) -> None:
+        with pytest.raises(ValueError, match="senders reach"):
+            TcpPlane(bind=wildcard)
+        with pytest.raises(ValueError, match="senders reach"):
+            TcpPlane(bind="127.0.0.1", advertise=wildcard)
+        with pytest.raises(ValueError, match="senders reach"):
+            TcpPlane.at(Place(wildcard, wildcard), by_name=True)
+
+    @pytest.mark.parametrize("wildcard", WILDCARDS)
+    async def test_the_offer_names_the_advertised_address(self, wildcard: str) -> None:
+        arena = HostArena(4096)
+        export = await TcpPlane.at(Place(wildcard, "host-7"), by_name=True).export(arena)
+        assert wire.decode_offer(export.offer(PEER)).host == "host-7"
+        await export.aclose()
+        arena.close()
+
+    async def test_a_name_of_both_families_has_one_port(self) -> None:
+        listening = await sockets.listeners("localhost", 0)
+        assert len({each.getsockname()[1] for each in listening}) == 1
+        families = {family for family, _ in await sockets.resolve("localhost", 1)}
+        assert {each.family for each in listening} == families
+        for each in listening:
+            each.close()
+
+    async def test_an_address_of_a_name_where_somebody_else_listens_is_passed_by(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of both families one may be another program's, or not reachable at all."""
+        arena = HostArena(4096)
+        export = await TcpPlane(bind="127.0.0.1", advertise="both.example").export(arena)
+        offer = wire.decode_offer(export.offer(PEER))
+        async with impostor(b"220 smtp.example.org ESMTP ready\r\n") as other:
+            places = [("127.0.0.1", wire.decode_offer(other).port), ("127.0.0.1", offer.port)]
+
+            async def resolve(host: str, port: int) -> list[sockets.Endpoint]:
+                assert (host, port) == ("both.example", offer.port)
+                return [sockets.Endpoint(socket.AF_INET, place) for place in places]
+
+            monkeypatch.setattr(sending, "resolve", resolve)
+            remote = await TcpPlane().attach(export.offer(PEER))
+            await remote.aclose()
+        await export.aclose()
+        arena.close()
+
+    async def test_both_ends_notice_when_the_other_host_is_gone(self, link: Link) -> None:
+        assert isinstance(link.export, receiving.TcpExport)
+        (accepted,) = link.export.connections
+        end = accepted._transport.get_extra_info("socket")
+        assert isinstance(link.remote, sending.TcpArena)
+        for each in (end, link.remote._connection._socket):
+            assert each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            assert each.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 15
+            assert each.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 5
+            assert each.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+            try:
+                longest = each.getsockopt(socket.IPPROTO_TCP, sockets.TCP_RTO_MAX_MS)
+            except OSError:  # before Linux 6.15
+                continue
+            assert longest == 1000
 
     @pytest.mark.parametrize(
         ("bind", "advertise"),
-        [("::1", None), ("::", "::1"), ("*", "127.0.0.1"), ("127.0.0.1", "localhost")],
+        [
+            ("::1", None),
+            ("::", "::1"),
+            ("::", "127.0.0.1"),
+            ("*", "::1"),
+            ("*", "127.0.0.1"),
+            ("", "127.0.0.1"),
+            ("0.0.0.0", "127.0.0.2"),
+            ("127.0.0.1", "localhost"),
+            ("localhost", None),
+        ],
     )
     async def test_addresses(self, bind: str, advertise: str | None) -> None:
         plane = TcpPlane(bind=bind, advertise=advertise)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -72,7 +74,7 @@ async def _connect_to(endpoint: Endpoint, preamble: bytes) -> Welcome:
         connection.setblocking(False)
         configure(connection)
         loop = asyncio.get_running_loop()
-        await loop.sock_connect(connection, endpoint.address)
+        await _establish(connection, endpoint)
         await loop.sock_sendall(connection, preamble)
         greeting = parse_greeting(await _receive(connection, GREETING.size))
         answers = parse_answers(await _receive(connection, greeting.num_answers * ANSWER.size))
@@ -80,6 +82,22 @@ async def _connect_to(endpoint: Endpoint, preamble: bytes) -> Welcome:
     except BaseException:
         connection.close()
         raise
+
+
+async def _establish(connection: socket.socket, endpoint: Endpoint) -> None:
+    """Do what `loop.sock_connect` does; that of uvloop forgets the interface of an address."""
+    code = connection.connect_ex(endpoint.address)
+    if code == errno.EINPROGRESS:
+        loop = asyncio.get_running_loop()
+        writable = asyncio.Event()
+        loop.add_writer(connection.fileno(), writable.set)
+        try:
+            await writable.wait()
+        finally:
+            loop.remove_writer(connection.fileno())
+        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
 
 
 async def _receive(connection: socket.socket, nbytes: int) -> bytes:

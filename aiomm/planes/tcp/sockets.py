@@ -48,9 +48,9 @@ async def resolve(host: str, port: int) -> list[Endpoint]:
     Raises:
         OSError: there are none.
     """
-    family = _family_of(host)
-    if family is not None:
-        return [Endpoint(family, (host, port))]
+    numeric = _numeric(host, port)
+    if numeric is not None:
+        return [numeric]
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(Endpoint(family, address) for family, _, _, _, address in found))
 
@@ -93,15 +93,23 @@ def configure(connection: socket.socket) -> None:
             continue
 
 
-def _family_of(host: str) -> int | None:
-    """Return the family of an address without a scope, and None for anything else."""
+def _numeric(host: str, port: int) -> Endpoint | None:
+    """Return the endpoint of an address, and None if `host` is a name.
+
+    Raises:
+        OSError: this host has no interface of that name.
+    """
     try:
-        version = ipaddress.ip_address(host).version
+        address = ipaddress.ip_address(host)
     except ValueError:
         return None
-    if version == 4:
-        return socket.AF_INET
-    return None if "%" in host else socket.AF_INET6
+    if address.version == 4:
+        return Endpoint(socket.AF_INET, (host, port))
+    if address.scope_id is None:
+        return Endpoint(socket.AF_INET6, (host, port))
+    scope = address.scope_id
+    index = int(scope) if scope.isdecimal() else socket.if_nametoindex(scope)
+    return Endpoint(socket.AF_INET6, (host.partition("%")[0], port, 0, index))
 
 
 def _options() -> Iterator[tuple[int, int]]:
