@@ -61,7 +61,7 @@ class Duplex:
     At most `WINDOW` packets are under way, so that no bounded queue has to drop any.
     """
 
-    COUNT = 10_000
+    COUNT = 4_000
     WINDOW = 128
 
     def __init__(self, seed: int) -> None:
