@@ -17,7 +17,8 @@ from .wire import ANSWER, Answer, Status, encode_header, parse_answers
 __all__ = ["DataConnection", "Write"]
 
 MAX_SEND_NBYTES = 1 << 20
-"""At most so many bytes go to the kernel at once; about 0.3 ms on the loop thread."""
+"""At most so many bytes go to the kernel at once: 0.2 ms of the loop's time, 2.6 ms in one of a
+hundred. With 256 KiB a transfer of 8 MiB and more takes a third longer, with 4 MiB no less."""
 MAX_BUFFERS = 512
 """Buffers of one `sendmsg`; Linux takes up to 1024."""
 PACK_NBYTES = 1 << 20
