@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 EXTRAS := uvloop,aiozmq,checksum,cli,vision,mooncake
 SYSTEM := libibverbs1 libnuma1 libcurl4
 PHOTO  ?= $(VENV)/lib/python3.*/site-packages/matplotlib/mpl-data/sample_data/grace_hopper.jpg
-PYTEST ?= $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST ?= $(BIN)/python -m pytest -n 3 --dist worksteal
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
 	echo $$python && break; done)
