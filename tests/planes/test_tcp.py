@@ -18,7 +18,7 @@ from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes.base import GrantKey, Place, Plane, Run
-from aiomm.planes.tcp import TcpPlane, connecting, receiving, sending, sockets, wire
+from aiomm.planes.tcp import TcpPlane, connecting, progress, receiving, sending, sockets, wire
 from aiomm.planes.tcp.wire import Status
 
 from .contract import (
@@ -368,6 +368,100 @@ class TestTcpPlane(PlaneContract):
         connection.resume_writing()
         assert transport.calls == ["pause_reading", "resume_reading"]
         connection.connection_lost(None)
+
+    # -- progress, by hand --------------------------------------------------------------
+
+    async def test_memory_has_one_owner(self, link: Link) -> None:
+        """An older connection may still be open here, after its host was cut off."""
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        older = await ByHand.admitted(link, attachment=5)
+        older.writer.write(header((0, 64), number=3) + b"\x01" * 32)
+        await until_received(link, 32)
+        stranger = await ByHand.admitted(link, attachment=6)
+        newer = await ByHand.admitted(link, attachment=5, oldest=3)
+        assert newer.resumed == [wire.Answer(3, Status.UNFINISHED, 32)]
+        older.writer.write(b"\x02" * 32)
+        assert await older.is_cut_off()
+        assert link.content()[:64] == b"\x01" * 32 + bytes([BACKGROUND]) * 32
+        newer.writer.write(header((0, 64), number=3, landed=32) + b"\x03" * 32)
+        assert await newer.answer() == (3, Status.LANDED, 64)
+        assert link.content()[:64] == b"\x01" * 32 + b"\x03" * 32
+        stranger.writer.write(header((0, 1)) + b"\x04")
+        assert await stranger.status() is Status.LANDED
+        for each in (older, newer, stranger):
+            await each.aclose()
+
+    @pytest.mark.parametrize(
+        "spoken",
+        [
+            header((0, 64), number=3, landed=31),
+            header((0, 64), number=3, landed=33),
+            header((0, 63), number=3, landed=32),
+            header((64, 64), number=3, landed=32),
+            header((0, 64), number=4, landed=32),
+            header((0, 64), number=4, landed=2**64 - 1),
+        ],
+    )
+    async def test_a_write_goes_on_nowhere_else(self, link: Link, spoken: bytes) -> None:
+        link.export.permit(GRANT, [ByteRange(0, 128)])
+        older = await ByHand.admitted(link)
+        older.writer.write(header((0, 64), number=3) + b"\x01" * 32)
+        await until_received(link, 32)
+        await older.aclose()
+        newer = await ByHand.admitted(link)
+        newer.writer.write(spoken + b"\x02" * 64)
+        assert await newer.is_cut_off()
+        assert link.content()[32:] == bytes([BACKGROUND]) * (ARENA_NBYTES - 32)
+        await newer.aclose()
+
+    async def test_a_write_may_begin_anew(self, link: Link) -> None:
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        older = await ByHand.admitted(link)
+        older.writer.write(header((0, 64), number=3) + b"\x01" * 32)
+        await until_received(link, 32)
+        await older.aclose()
+        newer = await ByHand.admitted(link)
+        newer.writer.write(header((0, 64), number=3) + b"\x02" * 64)
+        assert await newer.answer() == (3, Status.LANDED, 64)
+        assert link.content()[:64] == b"\x02" * 64
+        await newer.aclose()
+
+    async def test_how_writes_have_ended_is_told_until_the_sender_knows(self, link: Link) -> None:
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        older = await ByHand.admitted(link)
+        second = header((64, 1), number=1) + b"x"
+        older.writer.write(header((0, 1)) + b"x" + second + header((1, 1), number=2) + b"x")
+        told = [await older.answer() for _ in range(3)]
+        assert [answer.status for answer in told] == [0, Status.NOT_PERMITTED, 0]
+        await older.aclose()
+        for oldest in (0, 1, 3):
+            newer = await ByHand.admitted(link, oldest=oldest)
+            assert newer.resumed == told[oldest:]
+            await newer.aclose()
+
+    async def test_what_is_kept_of_broken_writes_is_bounded(self, link: Link) -> None:
+        assert isinstance(link.export, receiving.TcpExport)
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        for number in range(progress.MAX_UNFINISHED + 2):
+            by_hand = await ByHand.admitted(link)
+            assert len(by_hand.resumed) == min(number, progress.MAX_UNFINISHED)
+            link.arena.view(0, 1)[:] = bytes([BACKGROUND])
+            by_hand.writer.write(header((0, 2), number=number) + b"x")
+            await until_received(link, 1)
+            await by_hand.aclose()
+        by_hand = await ByHand.admitted(link)
+        for number in range(100, 100 + progress.MAX_ENDED + 2):
+            by_hand.writer.write(header((0, 1), number=number) + b"x")
+            await by_hand.answer()
+        await by_hand.aclose()
+        by_hand = await ByHand.admitted(link, oldest=100)
+        assert len(by_hand.resumed) == progress.MAX_ENDED
+        await by_hand.aclose()
+        for attachment in range(1, progress.MAX_ATTACHMENTS + 1):
+            await (await ByHand.admitted(link, attachment)).aclose()
+        assert len(link.export.attachments._attachments[PEER]) == progress.MAX_ATTACHMENTS
+        link.export.forget(PEER)
+        assert not link.export.attachments._attachments
 
     # -- lost connections ---------------------------------------------------------------
 
