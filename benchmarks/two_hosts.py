@@ -6,10 +6,12 @@ in another order, every contender moves every size, one transfer at a time; the 
 process runs from the call until it knows that every byte is in place. All processes are started
 anew several times, since one start may be a quarter faster than the next for as long as it lives:
 
-* `tcp`, `mooncake`: our planes, `RemoteArena.write`
+* `tcp`, `mooncake`: our planes, `RemoteArena.write`; `mooncake registered`: out of memory that
+  was given to `Plane.register`, so that nothing is copied into staging
 * `raw`: what an event loop can do: `transport.write` on one side, a `BufferedProtocol` that
   receives into one buffer on the other, one byte back. Nothing else: no header, no check
-* `mooncake sync`: Mooncake's own `transfer_sync_write`, which blocks its thread
+* `mooncake sync`: Mooncake's own `transfer_sync_write`, which blocks its thread, out of registered
+  memory; `mooncake sync copied`: the same after a copy into it, for tensors that are elsewhere
 * `iperf3`: its mean rate in a run of that size, without an answer; the limit of the cable
 
 All on uvloop. It needs the rights to make network namespaces.
@@ -37,6 +39,7 @@ from typing import Any, NamedTuple, cast
 
 import aiomm
 from aiomm.buffers.arena import HostArena
+from aiomm.buffers.arrays import copy_bytes
 from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.planes.base import GrantKey, Place, Plane, Run
@@ -138,10 +141,13 @@ async def far_iperf3(name: str, host: str) -> str:
 
 
 async def near_plane(name: str, host: str, where: str) -> Move:
-    """Attach to the offer."""
-    remote = await plane_at(name, host).attach(bytes.fromhex(where))
+    """Attach to the offer, with the source registered if the name says so."""
+    plane, content = plane_at(name, host), source()
+    if name.endswith(REGISTERED):
+        await plane.register(memoryview(content))
+    remote = await plane.attach(bytes.fromhex(where))
     KEPT.append(remote)
-    rows = TokenRows.of("rows", ROW, source())
+    rows = TokenRows.of("rows", ROW, content)
 
     async def move(nbytes: int) -> float:
         runs = [Run(rows, 0, nbytes // ROW.row_nbytes, 0)]
@@ -181,9 +187,10 @@ async def near_raw(name: str, host: str, where: str) -> Move:
 
 
 async def near_mooncake(name: str, host: str, where: str) -> Move:
-    """Start an engine and register the source, as it has to be for RDMA."""
+    """Start an engine and register the source, as it has to be for RDMA, or copy it there first."""
     peer, _, target = where.partition(" ")
     content = source()
+    tensor = memoryview(source() if name.endswith(COPIED) else content)
     address = ctypes.addressof(ctypes.c_char.from_buffer(content))
     engine = mooncake_engine(host)
     assert engine.register_memory(address, LARGEST) == 0
@@ -191,6 +198,8 @@ async def near_mooncake(name: str, host: str, where: str) -> Move:
 
     async def move(nbytes: int) -> float:
         began = time.perf_counter()
+        if name.endswith(COPIED):
+            copy_bytes(memoryview(content)[:nbytes], tensor[:nbytes])
         assert engine.transfer_sync_write(peer, address, int(target), nbytes) == 0
         return time.perf_counter() - began
 
@@ -226,9 +235,13 @@ CONTENDERS: Mapping[str, Contender] = {
     "raw": Contender(far_raw, near_raw),
     "tcp": Contender(far_plane, near_plane),
     "mooncake": Contender(far_plane, near_plane, MOONCAKE_MISSING),
+    "mooncake registered": Contender(far_plane, near_plane, MOONCAKE_MISSING),
     "mooncake sync": Contender(far_mooncake, near_mooncake, MOONCAKE_MISSING),
+    "mooncake sync copied": Contender(far_mooncake, near_mooncake, MOONCAKE_MISSING),
     "iperf3": Contender(far_iperf3, near_iperf3, IPERF3_MISSING),
 }
+REGISTERED = " registered"
+COPIED = " copied"
 FAR_HOST = "10.77.0.2"
 KEPT: list[object] = []
 """What must live as long as its process."""
@@ -236,7 +249,7 @@ KEPT: list[object] = []
 
 def plane_at(name: str, host: str) -> Plane:
     """Return a plane that is used by name on this host."""
-    (plane,) = make_planes(name, Place(host, host))
+    (plane,) = make_planes(name.removesuffix(REGISTERED), Place(host, host))
     return plane
 
 
@@ -361,13 +374,13 @@ def main() -> None:
     )
     rows = summary(figures)
     print(
-        f"{'size':>8} {'path':>14} {'median us':>12} {'quartiles us':>24} {'GB/s':>7} {'x raw':>6}"
+        f"{'size':>8} {'path':>20} {'median us':>12} {'quartiles us':>24} {'GB/s':>7} {'x raw':>6}"
     )
     for row in rows:
         low, high = row["quartiles_us"]
         ratio = row.get("rate_of_raw", "")
         print(
-            f"{row['size']:>8} {row['path']:>14} {row['median_us']:>12,} "
+            f"{row['size']:>8} {row['path']:>20} {row['median_us']:>12,} "
             f"{f'{low:,} to {high:,}':>24} {row['gb_per_second']:>7} {ratio:>6}"
         )
     if options.save is not None:

@@ -71,7 +71,9 @@ class DataConnection:
         self._turn = asyncio.Lock()
         self._waiting: dict[int, tuple[Write, asyncio.Future[None]]] = {}
         self._heard = b""
-        self._writable: asyncio.Future[None] | None = None
+        self._outgoing: deque[memoryview] = deque()
+        self._sent: asyncio.Future[None] | None = None
+        """Done when nothing is left of `_outgoing`."""
         self.error: OSError | PlaneUnavailable | None = None
         """Why nothing can be written any more; an OSError does not hold for the next one."""
         self._packed: memoryview | None = None
@@ -115,8 +117,8 @@ class DataConnection:
         if self._waiting:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
         self._socket.close()
-        if self._writable is not None:
-            _wake(self._writable)
+        if self._sent is not None:
+            _wake(self._sent)
         for _, answered in self._waiting.values():
             _wake(answered)
 
@@ -180,30 +182,36 @@ class DataConnection:
         return self._packed
 
     async def _send(self, buffers: list[memoryview]) -> None:
-        """Send every byte of `buffers`, as many at a time as the kernel takes."""
-        queue = deque(_bounded(buffers))
-        while queue:
-            if self.error is not None:
-                raise ConnectionAbortedError(str(self.error))
-            group = _group(queue)
-            try:
-                sent = self._socket.sendmsg(group)
-            except (BlockingIOError, InterruptedError):
-                await self._until_writable()
-                continue
-            _drop(queue, sent)
-            if queue:
-                # The receiver may be as fast as we are: let others have the loop, too.
-                await asyncio.sleep(0)
+        """Send every byte of `buffers`.
 
-    async def _until_writable(self) -> None:
-        self._writable = self._loop.create_future()
-        self._loop.add_writer(self._socket.fileno(), _wake, self._writable)
+        Raises:
+            OSError: the connection has ended.
+        """
+        self._outgoing = deque(_bounded(buffers))
+        self._send_some()
+        if self._outgoing and not self.has_ended:
+            self._sent = self._loop.create_future()
+            self._loop.add_writer(self._socket.fileno(), self._send_some)
+            try:
+                await self._sent
+            finally:
+                if not self.has_ended:
+                    self._loop.remove_writer(self._socket.fileno())
+        if self.has_ended:
+            raise ConnectionAbortedError(str(self.error))
+
+    def _send_some(self) -> None:
+        """Send as many bytes as the kernel takes and one turn of the loop may."""
         try:
-            await self._writable
-        finally:
-            if not self.has_ended:
-                self._loop.remove_writer(self._socket.fileno())
+            sent = self._socket.sendmsg(_group(self._outgoing))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            self.lose(exc)
+            return
+        _drop(self._outgoing, sent)
+        if not self._outgoing and self._sent is not None:
+            _wake(self._sent)
 
 
 def _part(run: Run, done: int, count: int) -> Run:
