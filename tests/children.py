@@ -228,8 +228,13 @@ class SenderActor(Actor):
         self.transfers[request_id].cancel("told to")
 
     def result(self, request_id: str, result: Any) -> dict[str, Any]:
-        """Return plane and chunks."""
-        return {"plane": result.plane, "chunks": list(result.buffered_chunks), "error": None}
+        """Return the plane, those that were refused, and the chunks."""
+        return {
+            "plane": result.plane,
+            "refused": list(result.refused_planes),
+            "chunks": list(result.buffered_chunks),
+            "error": None,
+        }
 
 
 class ReceiverActor(Actor):

@@ -1,6 +1,6 @@
-"""Children on two hosts: `python -m tests.distant ROLE LOOP SETTINGS`, told what to do as usual.
+"""Children on two hosts or in containers: `python -m tests.distant ROLE LOOP SETTINGS`.
 
-They are those of :mod:`tests.children`, and can tell in addition how long their loop stood still,
+Told what to do as usual, they are those of :mod:`tests.children`, and can tell in addition how long their loop stood still,
 how much memory they use, and what their pool's blocks are for.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import aiomm
 from tests import children
 from tests.children import ReceiverActor, SenderActor, report
-from tests.hosts import Host
+from tests.hosts import Container, Host
 from tests.processes import Child, pattern
 
 __all__ = ["distant"]
@@ -28,7 +28,7 @@ BEAT = 0.002
 
 
 @asynccontextmanager
-async def distant(host: Host, role: str, **settings: object) -> AsyncIterator[Child]:
+async def distant(host: Host | Container, role: str, **settings: object) -> AsyncIterator[Child]:
     """Run one child on `host` until the block ends; it has started its endpoint before."""
     arguments = ["-m", "tests.distant", role, "asyncio", json.dumps(settings)]
     process = Child(arguments, prefix=host.command())

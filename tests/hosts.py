@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Host", "Hosts", "two_hosts", "unusable"]
+__all__ = ["Container", "Host", "Hosts", "two_hosts", "unusable"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,29 @@ class Hosts:
 
 
 STRANGER = "02:00:00:00:00:99"
+
+
+@dataclass(frozen=True)
+class Container:
+    """What shares this host's kernel and network, and not all of the rest."""
+
+    options: tuple[str, ...]
+    """Of `unshare`: which namespaces are its own."""
+    setup: str = "true"
+    """A shell command that is run in it first."""
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return the command that runs `arguments` in it; they end with that command."""
+        script = f'{self.setup} && exec "$@"'
+        return ["unshare", "--kill-child", *self.options, "sh", "-c", script, "sh", *arguments]
+
+    def unusable(self) -> str:
+        """Say why there cannot be such a container here; empty if there can."""
+        try:
+            _run(*self.command("true"))
+        except (OSError, subprocess.SubprocessError) as exc:
+            return f"no such namespaces here: {exc}"
+        return ""
 
 
 @functools.cache
