@@ -1,7 +1,7 @@
 """Children on two hosts or in containers: `python -m tests.distant ROLE LOOP SETTINGS`.
 
-Told what to do as usual, they are those of :mod:`tests.children`, and can tell in addition how long their loop stood still,
-how much memory they use, and what their pool's blocks are for.
+Told what to do as usual, they are those of :mod:`tests.children`, and can tell in addition how
+long their loop stood still, how much memory they use, and what their pool's blocks are for.
 """
 
 from __future__ import annotations
