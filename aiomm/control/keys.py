@@ -8,10 +8,11 @@ alone, and `NAME.key` with the public half, for everybody.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from aiomm.config import EndpointSettings
 from aiomm.control.address import TcpAddress
 
 __all__ = ["KeyPair", "Keys", "KnownKey", "keys_from", "write_key_pair"]
+
+_logger = logging.getLogger("aiomm.control")
 
 _KEY_LENGTH = 40
 _KEY_NBYTES = 32
@@ -44,12 +47,33 @@ class KnownKey(NamedTuple):
     public: bytes
 
 
-@dataclass(frozen=True, slots=True)
 class Keys:
-    """An endpoint's own key, and the public keys it accepts on the other side."""
+    """An endpoint's own key, and the public keys it accepts on the other side.
 
-    own: KeyPair
-    known: frozenset[KnownKey]
+    Args:
+        own: the key pair.
+        known: the public keys of peers.
+        source: the setting that `known` was read from. Its files are read again when they have
+            changed, so that peers come and go without a restart.
+    """
+
+    def __init__(self, own: KeyPair, known: Iterable[KnownKey], source: str = "") -> None:
+        self.own = own
+        self._known = frozenset(known)
+        self._source = source
+        self._state = _state_of(source)
+
+    @property
+    def known(self) -> frozenset[KnownKey]:
+        """The public keys of peers, as their files are now; unusable ones change nothing."""
+        state = _state_of(self._source)
+        if state != self._state:
+            self._state = state
+            try:
+                self._known = frozenset(_known(self._source))
+            except ValueError as error:
+                _logger.warning("! the known keys stay as they were: %s", error)
+        return self._known
 
     def knows(self, public: bytes) -> bool:
         """Whether a peer with this public key may talk to this endpoint."""
@@ -70,8 +94,9 @@ class Keys:
                 message = f"the key of {address} is not among the known keys"
                 raise ValueError(message)
             return public
-        named = {each.public for each in self.known if each.name == address.host}
-        candidates = named or {each.public for each in self.known}
+        known = self.known
+        named = {each.public for each in known if each.name == address.host}
+        candidates = named or {each.public for each in known}
         if len(candidates) != 1:
             message = (
                 f"which of {len(candidates)} known keys belongs to {address}? Name its file "
@@ -99,8 +124,9 @@ def keys_from(settings: EndpointSettings) -> Keys | None:
         raise ValueError(message)
     else:
         return None
-    known = _known(settings.known_keys) if settings.known_keys else [KnownKey("own", own.public)]
-    return Keys(own, frozenset(known))
+    if not settings.known_keys:
+        return Keys(own, [KnownKey("own", own.public)])
+    return Keys(own, _known(settings.known_keys), settings.known_keys)
 
 
 def write_key_pair(path: Path) -> tuple[Path, Path]:
@@ -156,9 +182,28 @@ def _pair_of(secret: bytes, where: str) -> KeyPair:
         raise ValueError(message) from error
 
 
-def _known(text: str) -> Iterator[KnownKey]:
-    """Return the keys behind a list of keys, files and folders, separated by commas."""
-    for each in (part.strip() for part in text.split(",") if part.strip()):
+def _parts(source: str) -> Iterator[str]:
+    """Return the keys, files and folders of a list, which are separated by commas."""
+    return (part.strip() for part in source.split(",") if part.strip())
+
+
+def _state_of(source: str) -> list[tuple[Path, int, int]]:
+    """Return what changes when any of the files and folders of `source` does."""
+    paths = [Path(each) for each in _parts(source)]
+    files = [file for path in paths if path.is_dir() for file in path.glob("*.key")]
+    state = []
+    for path in sorted({*paths, *files}):
+        try:
+            status = path.stat()
+        except OSError:  # a key that is no file, or one that has just gone
+            continue
+        state.append((path, status.st_mtime_ns, status.st_size))
+    return state
+
+
+def _known(source: str) -> Iterator[KnownKey]:
+    """Return the keys that `source` names."""
+    for each in _parts(source):
         path = Path(each)
         if path.is_dir():
             files = sorted(path.glob("*.key"))

@@ -125,6 +125,26 @@ def test_known_keys_are_files_folders_and_keys(tmp_path: Path) -> None:
     assert not keys.knows(keys.own.public)
 
 
+def test_peers_come_and_go_without_a_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "peers").mkdir()
+    own, _ = write_key_pair(tmp_path / "own")
+    first = write_key_pair(tmp_path / "peers" / "first")[1]
+    keys = keys_of(key_file=str(own), known_keys=str(tmp_path / "peers"))
+    second = write_key_pair(tmp_path / "peers" / "second")[1]
+    key = _public(second)
+    assert keys.knows(key.encode())
+    assert keys.key_of(TcpAddress("second", 7)) == key.encode()
+    second.write_text("half a file")
+    assert keys.knows(key.encode())
+    assert keys.knows(key.encode())
+    assert caplog.text.count("the known keys stay as they were") == 1
+    second.unlink()
+    assert not keys.knows(key.encode())
+    assert keys.knows(_public(first).encode())
+
+
 def test_whose_key_an_address_has(tmp_path: Path) -> None:
     for name in ("own", "host-a", "10.0.0.2", "fd77::2"):
         write_key_pair(tmp_path / name)
