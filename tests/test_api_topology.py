@@ -298,6 +298,17 @@ async def test_the_first_plane_that_works_is_taken_and_the_reasons_are_told(
     assert logged(caplog.text, "plane shm", "memory: the receiver does not have it")
 
 
+async def test_what_is_missing_on_the_side_of_the_sender_is_told_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rather than that the receiver, on a machine like this one, does not have it either."""
+    monkeypatch.setattr(MemoryPlane, "unusable", lambda self: "a library is missing")
+    sender = {"planes": [MemoryPlane(), "shm"]}
+    async with pair(planes=["shm"], sender=sender) as (receiver, encoder):
+        stats = await encoder.send(receiver.expect("r"), tensors_of(40))
+        assert stats.refused_planes == ("memory: a library is missing",)
+
+
 @pytest.mark.parametrize("strict", ["sender", "both"])
 async def test_strict_never_falls_back(strict: str) -> None:
     """With `strict` the first plane or an error, which names plane and reason, on both sides."""

@@ -65,13 +65,9 @@ async def find_route(
     offers = {each.plane: each.offer for each in hello.planes}
     refused: list[str] = []
     for plane in planes[:1] if strict else planes:
-        offer = offers.get(plane.name)
-        if offer is None:
-            refused.append(f"{plane.name}: the receiver does not have it")
-            continue
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                arena = await _try(plane, offer, layout, hello.link, probe)
+                arena = await _try(plane, offers.get(plane.name), layout, hello.link, probe)
         except TimeoutError:
             refused.append(f"{plane.name}: no answer to its probe within {PROBE_SECONDS} s")
             continue
@@ -88,7 +84,7 @@ async def find_route(
 
 async def _try(
     plane: Plane,
-    offer: bytes,
+    offer: bytes | None,
     layout: Layout,
     link: int,
     probe: Callable[[str, bytes], asyncio.Future[bool]],
@@ -96,6 +92,8 @@ async def _try(
     reason = plane.unusable()
     if reason is not None:
         raise PlaneUnavailable(reason)
+    if offer is None:
+        raise PlaneUnavailable("the receiver does not have it")
     arena = await plane.attach(offer)
     try:
         nonce = secrets.token_bytes(PROBE_NBYTES)
