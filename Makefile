@@ -60,6 +60,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.two_hosts
+	$(BIN)/python -m benchmarks.strangers
 
 clean:
 	rm -rf $(VENV) build dist htmlcov .coverage* .hypothesis .import_linter_cache .mypy_cache \
