@@ -25,9 +25,14 @@ from ._driver.lifecycle import Lifecycle
 from ._driver.place import place_of
 from ._driver.receiving import Delivery, ReceiveDriver, Waiter
 from .buffers.arrays import Array
+from .buffers.cuda import CudaArena
+from .buffers.device_rows import stream_of
 from .config import ReceiverSettings, settings_from
 from .control.address import TcpAddress, parse_address
 from .errors import AiommError, Failure, PoolClosed, ProtocolError, Reason, Rejected
+from .gpu.choice import device_ordinal
+from .gpu.lanes import Mark
+from .gpu.runtime import GpuError
 from .planes.base import Plane
 from .planes.registry import make_planes
 from .types import Schema, Ticket, TransferStats
@@ -58,6 +63,8 @@ class Lease(Mapping[str, Array]):
         self._driver = driver
         self._delivery = delivery
         self._is_released = False
+        self._streams: list[int] = []
+        """Of CUDA, which read the tensors."""
         self._joined = None if delivery.joined is None else delivery.joined.tensors()
         self.request_id = transfer.id.request_id
         self.num_tokens = transfer.transferred_tokens
@@ -86,11 +93,42 @@ class Lease(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._driver.schema)
 
-    def release(self) -> None:
-        """Give the blocks back. Idempotent, and immediate."""
+    def release(self, stream: object = None) -> None:
+        """Give the blocks back. Idempotent, and immediate.
+
+        A pool on a GPU gives them to others only when `stream` (by default the current one of
+        torch or cupy), and those told to :meth:`wait_stream`, have done all that they have been
+        given by now.
+
+        Args:
+            stream: of torch, cupy or cuda.core, or CUDA's handle; for a pool on a GPU.
+        """
         if not self._is_released:
             self._is_released = True
-            self._driver.release(self._delivery.allocations)
+            try:
+                readers = self._readers(stream) if self.is_view else ()
+            except GpuError as exc:  # who still reads them is not known any more
+                logger.error("! the blocks of %r stay leased: %s", self.request_id, exc)
+            else:
+                self._driver.release(self._delivery.allocations, readers)
+
+    def wait_stream(self, stream: object) -> None:
+        """Let one more stream read the tensors: :meth:`release` waits for it, too."""
+        handle = stream_of(stream)
+        if handle is not None:
+            self._streams.append(handle)
+
+    def _readers(self, stream: object) -> Sequence[Mark]:
+        """Return how far the reading streams have to come; nothing for a pool on the host."""
+        arena = self._driver.arena
+        if not isinstance(arena, CudaArena):
+            return ()
+        handle = stream_of(stream)
+        if handle is None:
+            handle = arena.runtime.current_stream(arena.ordinal)
+        streams = dict.fromkeys([handle, *self._streams])
+        marks = [Mark(arena.runtime, arena.ordinal, each) for each in streams]
+        return [mark for mark in marks if not mark.is_over()]
 
     def detach(self) -> dict[str, Array]:
         """Return tensors that outlive the lease, and release it.
@@ -102,12 +140,19 @@ class Lease(Mapping[str, Array]):
             tensors = dict(self._joined)
         else:
             tensors = {name: _copy(tensor) for name, tensor in self.items()}
+            self._note_stream()
         loop = self._driver.loop
         if _runs_here(loop) or loop.is_closed():
             self.release()
         else:
             loop.call_soon_threadsafe(self.release)
         return tensors
+
+    def _note_stream(self) -> None:
+        """Have :meth:`release` wait for this thread's stream, on which copies may be under way."""
+        arena = self._driver.arena
+        if isinstance(arena, CudaArena):
+            self._streams.append(arena.runtime.current_stream(arena.ordinal))
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +216,8 @@ class Receiver(Lifecycle):
         bind: where senders connect, such as `tcp://127.0.0.1:8001` (port 0 or `*`: any).
         connect: addresses of senders that listen; they may send here what has no other
             destination.
-        device: where the pool lies; only `"cpu"` so far.
+        device: where the pool lies: `"cpu"`, or a GPU such as `"cuda:0"`. CUDA is initialised
+            when the receiver starts.
         planes: `"auto"`, one name, or names and :class:`~aiomm.planes.base.Plane` objects in
             order of preference.
         settings: the fields of :class:`~aiomm.config.ReceiverSettings`: `blocks`,
@@ -195,7 +241,7 @@ class Receiver(Lifecycle):
         **settings: Any,
     ) -> None:
         if device != "cpu":
-            raise ValueError(f"device {device!r}: only 'cpu' can hold the pool so far")
+            device = f"cuda:{device_ordinal(device)}"
         self.schema = schema
         self.settings = settings_from(ReceiverSettings, settings)
         contacts = frozenset((connect,) if isinstance(connect, str) else connect)
@@ -205,6 +251,7 @@ class Receiver(Lifecycle):
             bind,
             make_planes(planes, place_of(bind, contacts, self.settings.advertise)),
             self.settings.name or f"receiver-{os.getpid()}",
+            device=device,
             takes_any=bool(contacts),
             waiter=Waiter(self._ended, self._awaited, self._untaken),
         )
@@ -460,7 +507,7 @@ def _stats(delivery: Delivery, schema: Schema) -> TransferStats:
     began = transfer.history[0][1]
     return TransferStats(
         request_id=transfer.id.request_id,
-        plane=delivery.plane,
+        plane=transfer.plane,
         refused_planes=(),
         num_tokens=transfer.transferred_tokens,
         nbytes=transfer.transferred_tokens * schema.token_nbytes,

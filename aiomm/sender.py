@@ -16,6 +16,7 @@ from ._driver.lifecycle import Lifecycle
 from ._driver.place import place_of
 from ._driver.routes import Route
 from ._driver.sending import SendDriver, Watcher
+from .buffers.device_rows import stream_of
 from .buffers.tensors import memory_of, rows_of
 from .config import SenderSettings, settings_from
 from .errors import AiommError, Failure, IncompatibleSchema, Reason, Rejected, error_from
@@ -68,27 +69,35 @@ class Transfer:
         return 0 if self._core is None else self._core.transferred_tokens
 
     def send(
-        self, tensors: Mapping[str, object], *, metadata: Mapping[str, Any] | None = None
+        self,
+        tensors: Mapping[str, object],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        stream: object = None,
     ) -> Transfer:
         """Give the tensors, `[num_tokens, *shape]` per field; returns at once.
 
         The tensors must not change until the transfer is over. Torch tensors, numpy arrays,
-        anything with DLPack, and bytes are taken, dense or strided.
+        anything with DLPack, cupy arrays, and bytes are taken, dense or strided.
 
         Args:
             tensors: one per field of the schema, all with the same number of tokens.
             metadata: plain values (JSON-like) that the receiver finds in its lease, up to
                 32 KiB encoded.
+            stream: of CUDA, on which tensors of a GPU are being made (of torch, cupy or
+                cuda.core, or CUDA's handle); by default the current one. They are read when it
+                has done all that it has been given by now.
 
         Raises:
             IncompatibleSchema: the tensors do not match the schema. The transfer goes on: send
                 the right ones, or cancel it.
+            PlaneUnavailable: tensors are on a GPU, and CUDA fails.
             Rejected: tensors were given before, or the metadata is too large.
         """
         if self._tensors is not None:
             raise Rejected(f"the tensors of {self.request_id!r} were given before")
         encoded = _encode_metadata(metadata)
-        rows = rows_of(self._sender.schema, tensors)
+        rows = rows_of(self._sender.schema, tensors, stream=stream_of(stream))
         num_tokens = _num_tokens(rows)
         if self._announced not in (None, num_tokens):
             raise IncompatibleSchema(f"{self._announced} tokens were announced, got {num_tokens}")
@@ -341,6 +350,7 @@ class Sender(Lifecycle):
         *,
         to: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        stream: object = None,
         timeout: float | None = None,
     ) -> TransferStats:
         """Send the tensors of one request, and return when the receiver has them.
@@ -351,6 +361,7 @@ class Sender(Lifecycle):
             to: the receiver's address, for a bare request id. Without it the transfer goes to
                 the receiver that asks for it, or to one that takes anything.
             metadata: see :meth:`Transfer.send`.
+            stream: see :meth:`Transfer.send`.
             timeout: seconds for the whole transfer.
 
         Raises:
@@ -358,7 +369,7 @@ class Sender(Lifecycle):
         """
         request_id, ticket = _request_of(request)
         transfer = Transfer(self, request_id)
-        transfer.send(tensors, metadata=metadata)
+        transfer.send(tensors, metadata=metadata, stream=stream)
         return await self._open(transfer, timeout, ticket=ticket, to=to)
 
     async def register(self, tensor: object) -> None:
@@ -390,6 +401,7 @@ class Sender(Lifecycle):
         tensors: Mapping[str, object],
         *,
         metadata: Mapping[str, Any] | None = None,
+        stream: object = None,
         timeout: float | None = None,
     ) -> OfferedTicket:
         """Let receivers redeem tensors by a ticket, until it is withdrawn or `timeout` passes.
@@ -404,7 +416,7 @@ class Sender(Lifecycle):
         if self.address is None:
             raise Rejected("only a started sender with bind= can offer")
         encoded = _encode_metadata(metadata)
-        rows = rows_of(self.schema, tensors)
+        rows = rows_of(self.schema, tensors, stream=stream_of(stream))
         seconds = self.settings.timeout if timeout is None else timeout
         key, total = token_bytes(16), _num_tokens(rows)
         driver = self._driver

@@ -43,6 +43,14 @@ class FaultyPlane(Plane):
         self.name = inner.name  # type: ignore[misc]
         self.fault = ""
 
+    def writes_into(self, device: str) -> bool:
+        """Say what the inner plane says."""
+        return self.inner.writes_into(device)
+
+    def unusable(self) -> str | None:
+        """Say what the inner plane says."""
+        return self.inner.unusable()
+
     async def export(self, arena: Any) -> Export:
         """Open the arena as the inner plane does."""
         return await self.inner.export(arena)

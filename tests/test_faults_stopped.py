@@ -29,7 +29,7 @@ LATE = 1500
 def pool_bytes(receiver: aiomm.Receiver) -> bytes:
     """Return every byte of the pool."""
     arena = receiver._driver.arena
-    return bytes(arena.view(0, receiver._driver.layout.nbytes))
+    return bytes(arena.read(0, receiver._driver.layout.nbytes))
 
 
 def without(receiver: aiomm.Receiver, pool: bytes, extents: list[aiomm.Extent]) -> bytes:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ..buffers.arena import Arena
+from ..buffers.arena import Arena, HostArena
 from ..buffers.layout import Layout
 from ..errors import PlaneUnavailable
 from ..planes.base import Export, GrantKey, Plane
@@ -28,38 +28,50 @@ class Exports:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._arena: Arena | None = None
         self._exports: dict[str, Export] = {}
-        self._planes_of_link: dict[int, str] = {}
-        """The plane whose probe has arrived last over each link."""
+        self._arenas: dict[str, Arena] = {}
+        """What each of them opens."""
+        self._planes_of_link: dict[int, set[str]] = {}
+        """The planes whose probes have arrived over each link."""
         self._grants: dict[int, list[GrantKey]] = {}
         self._landing: dict[int, list[asyncio.Future[Any]]] = {}
         """What this side was itself putting into each request's blocks when they were withdrawn."""
 
-    async def open(self, arena: Arena, planes: Sequence[Plane], *, strict: bool) -> None:
+    async def open(
+        self, arena: Arena, staging: HostArena | None, planes: Sequence[Plane], *, strict: bool
+    ) -> None:
         """Open `arena` over `planes`, as far as they can be used.
 
         Args:
             arena: the pool's memory.
+            staging: memory of the host, laid out as the pool is, for planes that do not write
+                into the pool's device. What lands there has to be copied into the pool.
             planes: in order of preference.
             strict: the first one or none.
 
         Raises:
             PlaneUnavailable: none can be used; says why for each.
         """
-        self._arena = arena
         refused = []
         for plane in planes[:1] if strict else planes:
-            reason = plane.unusable()
             try:
-                if reason is not None:
-                    raise PlaneUnavailable(reason)
-                self._exports[plane.name] = await plane.export(arena)
+                await self._open(arena, staging, plane)
             except PlaneUnavailable as exc:
                 refused.append(f"{plane.name}: {exc.message}")
                 logger.info("! no plane %s here: %s", plane.name, exc)
         if not self._exports:
             raise PlaneUnavailable(f"no plane can be used: {'; '.join(refused)}")
+
+    async def _open(self, arena: Arena, staging: HostArena | None, plane: Plane) -> None:
+        if not plane.writes_into(arena.device):
+            if staging is None or not plane.writes_into(staging.device):
+                raise PlaneUnavailable(f"does not write into a pool on {arena.device}")
+            arena = staging
+        reason = plane.unusable()
+        if reason is not None:
+            raise PlaneUnavailable(reason)
+        self._exports[plane.name] = await plane.export(arena)
+        self._arenas[plane.name] = arena
 
     async def aclose(self) -> None:
         """Close every export. Idempotent."""
@@ -75,18 +87,18 @@ class Exports:
         return tuple(PlaneOffer(name, export.offer(link)) for name, export in self._exports.items())
 
     def has_arrived(self, link: int, plane: str, nonce: bytes) -> bool:
-        """Whether the probe slot of `link` holds `nonce`; if so, `plane` is the link's."""
+        """Whether the probe slot of `link` holds `nonce`; if so, the link may use `plane`."""
         slot = self._layout.probe_range(link % self._layout.num_probes)
-        if self._arena is None or plane not in self._exports:
+        if plane not in self._exports:
             return False
-        if bytes(self._arena.view(slot.start, slot.stop - slot.start)) != nonce:
+        if bytes(self._arenas[plane].read(slot.start, slot.stop - slot.start)) != nonce:
             return False
-        self._planes_of_link[link] = plane
+        self._planes_of_link.setdefault(link, set()).add(plane)
         return True
 
-    def plane_of(self, link: int) -> str:
-        """Return the plane that the sender on `link` uses; empty while none has arrived."""
-        return self._planes_of_link.get(link, "")
+    def arena_of(self, plane: str) -> Arena | None:
+        """Return the memory that senders write into over `plane`: the pool's, or staging."""
+        return self._arenas.get(plane)
 
     def permit(self, number: int, grant: GrantKey, extents: tuple[Extent, ...]) -> None:
         """Let the grant's sender write the tokens in `extents`, for request `number`."""
@@ -107,14 +119,19 @@ class Exports:
         """
         proven = True
         for grant in self._grants.pop(number, ()):
-            used = self._planes_of_link.get(grant.peer)
+            used = self._planes_of_link.get(grant.peer, self._exports)
             for name, export in self._exports.items():
-                if export.revoke(grant) or used not in (name, None):
+                if export.revoke(grant) or name not in used:
                     continue
                 landing = export.landing(grant)
                 self._landing.setdefault(number, []).extend(landing)
                 proven = proven and bool(landing)
         return proven
+
+    def puts(self, number: int, into_blocks: asyncio.Future[Any]) -> None:
+        """Note that this side itself is putting something into the blocks of a request."""
+        self._landing.setdefault(number, []).append(into_blocks)
+        into_blocks.add_done_callback(lambda _: self.landing(number))
 
     def landing(self, number: int) -> list[asyncio.Future[Any]]:
         """Return what this side itself still puts into blocks of a request that was revoked."""

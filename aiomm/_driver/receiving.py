@@ -10,13 +10,15 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import msgspec
 
 from ..buffers.arena import Arena, HostArena
 from ..buffers.arrays import load_array_library
 from ..buffers.checksum import checksum_of_extents
+from ..buffers.cuda import CudaArena, DeviceJoinedTensors
 from ..buffers.layout import Layout
 from ..buffers.pool import BlockPool
 from ..buffers.queue import QueueFull, ReservationQueue
@@ -24,6 +26,8 @@ from ..buffers.received import JoinedTensors, PoolTensors
 from ..buffers.shm import MemfdArena
 from ..config import ReceiverSettings
 from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, error_from
+from ..gpu.lanes import Mark, finished
+from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Plane
 from ..protocol.commands import (
     Command,
@@ -55,21 +59,23 @@ __all__ = ["Delivery", "ReceiveDriver", "Waiter"]
 logger = logging.getLogger("aiomm.receiver")
 
 
+Joined: TypeAlias = JoinedTensors | DeviceJoinedTensors
+"""Where chunks go that are moved out of the pool: memory of the pool's device."""
+
+
 class Delivery:
     """A finished transfer, and the blocks or the tensors that hold it."""
 
     def __init__(
         self,
         transfer: ReceiveTransfer,
-        plane: str,
         allocations: tuple[Allocation, ...],
         extents: tuple[Extent, ...],
-        joined: JoinedTensors | None,
+        joined: Joined | None,
     ) -> None:
         self.is_taken = False
         """The user has it, or nobody will."""
         self.transfer = transfer
-        self.plane = plane
         self.allocations = allocations
         self.extent = extents[0] if extents else Extent(0, 0)
         """Where the tokens lie in the pool, if they do."""
@@ -93,6 +99,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
     Args:
         schema: of the pool.
+        device: where the pool lies: `"cpu"`, or a GPU such as `"cuda:0"`.
         planes: in order of preference.
         takes_any: tell senders that this side takes what has no other destination.
         waiter: told how every request ends.
@@ -101,6 +108,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     listens: ClassVar[bool] = True
     settings: ReceiverSettings
     arena: Arena
+    staging: HostArena | None = None
     tensors: PoolTensors
 
     def __init__(
@@ -111,11 +119,13 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         planes: Sequence[Plane],
         name: str,
         *,
+        device: str,
         takes_any: bool,
         waiter: Waiter,
     ) -> None:
         super().__init__(settings, bind, name)
         self.schema = schema
+        self.device = device
         self.planes = planes
         self.waiter = waiter
         self.pool = BlockPool(settings.blocks, settings.block_size)
@@ -130,6 +140,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 name,
                 specs_of(schema),
                 pool_tokens=self.layout.num_tokens,
+                pool_device=device,
                 num_probes=self.layout.num_probes,
                 takes_any=takes_any,
             ),
@@ -140,10 +151,11 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             max_peers=settings.max_peers,
             max_requests=settings.max_waiting,
             max_tokens=settings.max_tokens,
+            always_verifies=device != "cpu",
         )
         self._links: dict[int, int] = {}
         """The link to each peer that has said Hello."""
-        self._joined: dict[int, JoinedTensors] = {}
+        self._joined: dict[int, Joined] = {}
         self.buffered_bytes = 0
         """Bytes outside the pool of transfers that are unfinished or not taken yet."""
         self._buffered: dict[int, int] = {}
@@ -162,9 +174,25 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         await self.loop.run_in_executor(self._copier, load_array_library)
         self.arena = await self.loop.run_in_executor(self._copier, self._make_arena)
         self.tensors = PoolTensors(self.layout, self.arena)
-        await self._exports.open(self.arena, self.planes, strict=self.settings.strict)
+        if not all(plane.writes_into(self.device) for plane in self.planes):
+            self.staging = await self.loop.run_in_executor(self._copier, self._make_staging)
+        strict = self.settings.strict
+        await self._exports.open(self.arena, self.staging, self.planes, strict=strict)
 
     def _make_arena(self) -> Arena:
+        if self.device == "cpu":
+            return self._make_host_arena()
+        return CudaArena(self.layout.nbytes, self.device)
+
+    def _make_staging(self) -> HostArena | None:
+        """Where the other planes write if the pool is on a GPU: as much memory of the host."""
+        if not isinstance(self.arena, CudaArena):
+            return None
+        staging = self._make_host_arena()
+        self.arena.pin(staging)
+        return staging
+
+    def _make_host_arena(self) -> HostArena:
         """Shared memory where there is some, since any sender may turn out to be on this host."""
         try:
             return MemfdArena(self.layout.nbytes)
@@ -176,8 +204,13 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         """Close the exports and the arena. Leases that are still held stay readable."""
         await self._exports.aclose()
         await self.loop.run_in_executor(None, self._copier.shutdown)
-        if hasattr(self, "arena"):
-            self.arena.close()
+        arena: Arena | None = getattr(self, "arena", None)
+        if self.staging is not None:
+            if isinstance(arena, CudaArena):
+                await self.loop.run_in_executor(None, arena.unpin, self.staging)
+            self.staging.close()
+        if arena is not None:
+            arena.close()
 
     def abandon(self, failure: Failure) -> None:
         """Fail every request that is not done, and take no new one."""
@@ -213,8 +246,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 self._quarantine(number, allocations)
             case Release(number, allocations):
                 self._release(number, allocations)
-            case Verify(number, extents, checksum):
-                self.spawn(self._verify(number, extents, checksum), f"verify {number}")
+            case Verify():
+                self.spawn(self._verify(command), f"verify {command.number}")
             case MoveOut(number, extents, total):
                 self._copy_out(number, extents, total, self.endpoint.moved_out)
             case Join(number, extents, total):
@@ -332,8 +365,24 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._count_buffered(delivery.transfer.number, 0)
         self.release(delivery.allocations)
 
-    def release(self, allocations: tuple[Allocation, ...]) -> None:
-        """Take blocks back from the user."""
+    def release(self, allocations: tuple[Allocation, ...], readers: Sequence[Mark] = ()) -> None:
+        """Take blocks back from the user, as soon as all streams of `readers` are that far."""
+        if readers:
+            self.spawn(self._release_read(allocations, readers), "release")
+        else:
+            self.free(allocations)
+            self.pump()
+
+    async def _release_read(
+        self, allocations: tuple[Allocation, ...], readers: Sequence[Mark]
+    ) -> None:
+        """Free blocks when no stream reads them any more. If CUDA fails nobody knows: never."""
+        try:
+            for mark in readers:
+                await finished(mark)
+        except GpuError as exc:
+            logger.error("! blocks stay leased: %s", exc)
+            return
         self.free(allocations)
         self.pump()
 
@@ -372,13 +421,16 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
     async def _move_untaken(self, delivery: Delivery) -> None:
         number = delivery.transfer.number
-        joined = JoinedTensors(self.schema, delivery.extent.num_tokens)
+        joined = self._new_joined(delivery.extent.num_tokens)
         copying = self.loop.run_in_executor(
             self._copier, joined.append, self.layout, self.arena, [delivery.extent]
         )
         try:
             await copying
-        except Rejected as exc:  # it stays where it is, until the next time that blocks are short
+        except (
+            Rejected,
+            PlaneUnavailable,
+        ) as exc:  # it stays where it is, until the next time that blocks are short
             logger.warning("! request %d stays in the pool: %s", number, exc)
             self._count_buffered(number, 0)
             self._making_room = None
@@ -392,18 +444,40 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._pump_queue()
         self.pump()
 
-    async def _verify(self, number: int, extents: tuple[Extent, ...], checksum: bytes) -> None:
-        """Compare a chunk as it lies in the pool. Blocks that are given up meanwhile do no harm."""
+    async def _verify(self, command: Verify) -> None:
+        """Bring a chunk to its place and compare it; meanwhile the request may have ended.
+
+        What this reads of blocks that were given up does no harm; what it writes there is one of
+        :meth:`Exports.landing`, so that they are nobody's before.
+        """
+        number, extents = command.number, command.extents
+        checksum, plane = command.checksum, command.plane
         try:
-            found = await self.loop.run_in_executor(
+            await self._upload(number, extents, plane)
+            matches = not checksum or checksum == await self.loop.run_in_executor(
                 self._copier, checksum_of_extents, self.layout, self.arena, extents
             )
-        except Exception as exc:  # no xxhash here, or the pool is closing
-            failure = Failure(Reason.REJECTED, f"the checksum cannot be verified: {exc}")
+        except Exception as exc:  # no xxhash here, CUDA has failed, or the pool is closing
+            failure = Failure(Reason.REJECTED, f"the chunk cannot be verified: {exc}")
             self.endpoint.fail(number, failure, self.now())
         else:
-            self.endpoint.verified(number, found == checksum, self.now())
+            self.endpoint.verified(number, matches, self.now())
         self.pump()
+
+    async def _upload(self, number: int, extents: tuple[Extent, ...], plane: str) -> None:
+        """Copy a chunk from staging into the pool, if its plane has put it there."""
+        staging = self._exports.arena_of(plane)
+        if staging is self.arena or not self.endpoint.is_live(number):
+            return
+        if not isinstance(self.arena, CudaArena) or not isinstance(staging, HostArena):
+            raise PlaneUnavailable(f"it came over no plane of this receiver's: {plane!r}")
+        ranges = [
+            self.layout.field_range(name, extent) for name in self.schema for extent in extents
+        ]
+        upload = partial(self.arena.upload, staging, ranges)
+        uploading = self.loop.run_in_executor(self._copier, upload)
+        self._exports.puts(number, uploading)
+        await uploading
 
     # Copies out of the pool.
 
@@ -423,13 +497,13 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self._cannot_buffer(number, f"over max_buffered_bytes={limit}", done)
             return
         if joined is None:
-            joined = self._joined[number] = JoinedTensors(self.schema, total)
+            joined = self._joined[number] = self._new_joined(total)
         copying = self._copy_in_thread(joined, number, extents, done)
         self.spawn(copying, f"move out {number}")
 
     async def _copy_in_thread(
         self,
-        joined: JoinedTensors,
+        joined: Joined,
         number: int,
         extents: tuple[Extent, ...],
         done: Callable[[int, float], None],
@@ -449,7 +523,12 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.endpoint.fail(number, failure, self.now())
         done(number, self.now())
 
-    def _take_joined(self, number: int) -> JoinedTensors | None:
+    def _new_joined(self, num_tokens: int | None) -> Joined:
+        if self.device == "cpu":
+            return JoinedTensors(self.schema, num_tokens)
+        return DeviceJoinedTensors(self.schema, num_tokens)
+
+    def _take_joined(self, number: int) -> Joined | None:
         self._count_buffered(number, 0)
         return self._joined.pop(number, None)
 
@@ -458,12 +537,11 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     def _deliver(self, command: Deliver) -> None:
         number = command.number
         transfer = self.endpoint.transfer(number)
-        plane = self._exports.plane_of(self.endpoint.link_of(number))
         self._exports.revoke(number)
         kept = self._trim(command.allocations, transfer.transferred_tokens)
         joined = self._take_joined(number)
         self._freed.set()
-        delivery = Delivery(transfer, plane, kept, command.extents, joined)
+        delivery = Delivery(transfer, kept, command.extents, joined)
         self._pump_queue()
         self.waiter.ended(number, delivery)
         self.make_room()

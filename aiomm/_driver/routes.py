@@ -65,6 +65,8 @@ async def find_route(
     offers = {each.plane: each.offer for each in hello.planes}
     refused: list[str] = []
     for plane in planes[:1] if strict else planes:
+        if hello.pool_device == "cpu" and not plane.writes_into("cpu") and not strict:
+            continue  # not a way that is closed: there is none
         try:
             async with asyncio.timeout(PROBE_SECONDS):
                 arena = await _try(plane, offers.get(plane.name), layout, hello.link, probe)

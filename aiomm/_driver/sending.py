@@ -49,6 +49,13 @@ class Watcher(NamedTuple):
     """The transfer is over; the error is None if everything was accepted."""
 
 
+class _RouteKey(NamedTuple):
+    """Tensors of a GPU may go another way than those of the host."""
+
+    peer: int
+    is_of_gpu: bool
+
+
 class SendDriver(Driver[SendEndpoint]):
     """Runs one :class:`SendEndpoint`.
 
@@ -87,7 +94,9 @@ class SendDriver(Driver[SendEndpoint]):
         """The tensors of each standing offer, and who watches a transfer that begins."""
         self._hellos: dict[int, Hello] = {}
         """What each receiver said."""
-        self._routes: dict[int, asyncio.Task[Route]] = {}
+        self._routes: dict[_RouteKey, asyncio.Task[Route]] = {}
+        self._searching: dict[int, asyncio.Lock] = {}
+        """For each receiver: one search at a time, since they share a probe slot."""
         self._detachments: set[asyncio.Task[None]] = set()
         self._probes: dict[tuple[int, str], asyncio.Future[bool]] = {}
         self._ends: dict[int, asyncio.Event] = {}
@@ -101,7 +110,7 @@ class SendDriver(Driver[SendEndpoint]):
 
     async def tear_down(self) -> None:
         """Detach from every receiver."""
-        for peer in list(self._routes):
+        for peer in {key.peer for key in self._routes}:
             self._detach(peer)
         await asyncio.gather(*self._detachments)
 
@@ -165,10 +174,12 @@ class SendDriver(Driver[SendEndpoint]):
     def _find_route(self, peer: int, hello: Hello) -> None:
         if hello.role == "receiver":
             self._hellos[peer] = hello
-            self._search(peer, hello)
+            self._searching[peer] = asyncio.Lock()
+            self._search(_RouteKey(peer, False), hello)
 
-    def _search(self, peer: int, hello: Hello) -> asyncio.Task[Route]:
+    def _search(self, key: _RouteKey, hello: Hello) -> asyncio.Task[Route]:
         """Begin to look for a plane that reaches a receiver."""
+        peer, searching = key.peer, self._searching[key.peer]
 
         def probe(plane: str, nonce: bytes) -> asyncio.Future[bool]:
             answer: asyncio.Future[bool] = self.loop.create_future()
@@ -177,29 +188,35 @@ class SendDriver(Driver[SendEndpoint]):
             self.pump()
             return answer
 
-        search = find_route(hello, self.planes, strict=self.settings.strict, probe=probe)
-        task = self.loop.create_task(search, name=f"{self.name} route to {hello.name}")
+        async def search() -> Route:
+            async with searching:
+                strict = self.settings.strict
+                return await find_route(hello, self.planes, strict=strict, probe=probe)
+
+        task = self.loop.create_task(search(), name=f"{self.name} route to {hello.name}")
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._routes[peer] = task
+        self._routes[key] = task
         return task
 
     def _detach(self, peer: int) -> None:
         """Begin to detach from a receiver. Nothing cancels it, so that nothing stays mapped."""
         self._hellos.pop(peer, None)
-        route = self._routes.pop(peer, None)
-        if route is not None:
+        self._searching.pop(peer, None)
+        for key in [key for key in self._routes if key.peer == peer]:
+            route = self._routes.pop(key)
             detachment = self.loop.create_task(_detached(route), name=f"{self.name} detach")
             self._detachments.add(detachment)
             detachment.add_done_callback(self._detachments.discard)
 
     async def _route_of(self, generation: int) -> Route:
         """Return the route of a transfer's receiver; the search is shared by all transfers."""
-        peer = self.endpoint.peer_of(generation)
-        task = self._routes.get(peer)
-        if task is None:
+        key = self._route_key(generation)
+        hello = self._hellos.get(key.peer)
+        if hello is None:
             raise PlaneUnavailable("the receiver is gone")
-        if task.done() and (task.cancelled() or task.exception()):
-            task = self._search(peer, self._hellos[peer])  # what was wrong then may be over
+        task = self._routes.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = self._search(key, hello)  # what was wrong then may be over
         if task.done():
             return task.result()
         await asyncio.wait([task])
@@ -207,23 +224,33 @@ class SendDriver(Driver[SendEndpoint]):
             raise PlaneUnavailable("the receiver left before a plane was found")
         return task.result()
 
+    def _route_key(self, generation: int) -> _RouteKey:
+        """Return which route a transfer takes: a pool on the host is reached by one for all."""
+        peer = self.endpoint.peer_of(generation)
+        hello = self._hellos.get(peer)
+        if hello is None or hello.pool_device == "cpu":
+            return _RouteKey(peer, False)
+        rows = self.sources.get(generation, {}).values()
+        return _RouteKey(peer, any(each.device != "cpu" for each in rows))
+
     # Writes.
 
     async def _write(
         self, transfer: TransferId, sequence: int, start: int, extents: tuple[Extent, ...]
     ) -> None:
-        generation, checksum = transfer.generation, b""
+        generation, checksum, plane = transfer.generation, b"", ""
         try:
             route = self._used[generation] = await self._route_of(generation)
             if generation in self.watchers:  # it has not failed while a plane was looked for
                 runs = runs_of(self.sources[generation], route, start, extents)
                 await route.arena.write(GrantKey(route.link, generation, sequence), runs)
+                plane = route.plane
                 checksum = await self._checksum(generation, route, start, extents)
         except Exception as exc:  # whatever a plane raises fails this transfer and no other
             await self._end_of(generation)
             self.endpoint.write_failed(generation, _failure_of(exc), self.now())
         else:
-            self.endpoint.write_finished(generation, self.now(), checksum)
+            self.endpoint.write_finished(generation, self.now(), checksum, plane)
         self.pump()
         self._let_go(generation)
 
@@ -251,9 +278,9 @@ class SendDriver(Driver[SendEndpoint]):
 
     async def _quiesce(self, transfer: TransferId) -> None:
         """Wait until the failed write cannot land. If that fails, it is never called drained."""
-        task = self._routes.get(self.endpoint.peer_of(transfer.generation))
-        if task is not None and task.done() and not task.cancelled() and not task.exception():
-            await task.result().arena.quiesce()
+        route = self._used.get(transfer.generation)
+        if route is not None:
+            await route.arena.quiesce()
         self.endpoint.drained(transfer.generation, self.now())
         self.pump()
         self._let_go(transfer.generation)

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-__all__ = ["Array", "array_over", "copy_bytes", "load_array_library", "loaded_instance"]
+__all__ = [
+    "Array",
+    "array_of_bytes",
+    "array_over",
+    "copy_bytes",
+    "load_array_library",
+    "loaded_instance",
+]
 
 Array: TypeAlias = "torch.Tensor | numpy.ndarray[Any, Any]"
 
@@ -73,6 +80,20 @@ def array_over(memory: memoryview, field: Field, num_tokens: int) -> Array:
         ).reshape(shape)
     except TypeError as exc:
         raise ImportError(f"numpy has no {field.dtype}: install torch") from exc
+
+
+def array_of_bytes(flat: Any, field: Field, num_tokens: int) -> Array:
+    """Return a `[num_tokens, *field.shape]` array over a flat array of bytes, not a copy.
+
+    Raises:
+        ImportError: the library of `flat` has no such dtype.
+    """
+    library = importlib.import_module(type(flat).__module__.partition(".")[0])
+    shape = (num_tokens, *field.shape)
+    try:
+        return flat.view(getattr(library, field.dtype)).reshape(shape)  # type: ignore[no-any-return]
+    except AttributeError as exc:
+        raise ImportError(f"{library.__name__} has no {field.dtype}: install torch") from exc
 
 
 def copy_bytes(target: memoryview, source: memoryview, source_address: int | None = None) -> None:

@@ -63,5 +63,5 @@ def checksum_of_extents(layout: Layout, arena: Arena, extents: Sequence[Extent])
     for name in layout.schema:
         for extent in extents:
             start, stop = layout.field_range(name, extent)
-            total.update(arena.view(start, stop - start))
+            total.update(arena.read(start, stop - start))
     return total.digest()

@@ -32,9 +32,8 @@ class PoolTensors:
         whole = Extent(0, layout.num_tokens)
         self._fields: dict[str, Array] = {}
         for name, field in layout.schema.items():
-            start, stop = layout.field_range(name, whole)
-            memory = arena.view(start, stop - start)
-            self._fields[name] = array_over(memory, field, layout.num_tokens)
+            start = layout.field_range(name, whole).start
+            self._fields[name] = arena.array(start, field, layout.num_tokens)
 
     def view(self, name: str, extent: Extent) -> Array:
         """Return the `[num_tokens, *shape]` tensor of one extent, sharing the pool's memory."""
@@ -81,7 +80,7 @@ class JoinedTensors:
             offset = self.num_tokens * field.row_nbytes
             for extent in extents:
                 start, end = layout.field_range(name, extent)
-                chunk = arena.view(start, end - start)
+                chunk = arena.read(start, end - start)
                 copy_bytes(joined[offset : offset + chunk.nbytes], chunk)
                 offset += chunk.nbytes
         self.num_tokens = stop

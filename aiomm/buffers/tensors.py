@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import IncompatibleSchema
 from ..types import Field, Schema
 from .arrays import address_of, copy_bytes, load_array_library, loaded_instance
+from .device_rows import LEGACY_STREAM, DeviceRows
 from .received import JoinedTensors, PoolTensors
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class _Source(NamedTuple):
     copy: Callable[[memoryview, int, int], None] | None
     """Copies rows that have no `flat`: target, first, count."""
     device: str = "cpu"
+    on_device: DeviceRows | None = None
+    """Where the rows lie on a GPU, if they do."""
 
 
 class TokenRows:
@@ -73,20 +76,25 @@ class TokenRows:
         self._source = source
 
     @classmethod
-    def of(cls, name: str, field: Field, tensor: object) -> TokenRows:
-        """Check `tensor` against `field`; copy nothing.
+    def of(cls, name: str, field: Field, tensor: object, *, stream: int | None = None) -> TokenRows:
+        """Check `tensor` against `field`; copy nothing but strided rows of a GPU.
 
         Args:
             name: the field's name, for errors.
             field: dtype and shape of one row.
             tensor: of shape `[num_tokens, *field.shape]`: a torch tensor, a numpy array,
-                anything with DLPack, or bytes that are a whole number of rows.
+                anything with DLPack or `__cuda_array_interface__`, or bytes that are a whole
+                number of rows.
+            stream: of CUDA, which makes a tensor on a GPU; by default the current one.
 
         Raises:
             IncompatibleSchema: it is none of these, or its dtype or shape is another.
+            PlaneUnavailable: it is on a GPU, and CUDA fails.
         """
         if loaded_instance(tensor, "torch", "Tensor"):
-            source = _torch_source(name, field, tensor)  # type: ignore[arg-type]
+            source = _torch_source(name, field, tensor, stream)  # type: ignore[arg-type]
+        elif hasattr(tensor, "__cuda_array_interface__"):
+            source = _cuda_source(name, field, tensor, stream)
         elif loaded_instance(tensor, "numpy", "ndarray"):
             source = _numpy_source(name, field, tensor)  # type: ignore[arg-type]
         elif hasattr(tensor, "__dlpack__"):
@@ -114,6 +122,11 @@ class TokenRows:
         """
         address = self._source.address
         return None if address is None else address + first * self.row_nbytes
+
+    @property
+    def on_device(self) -> DeviceRows | None:
+        """Where the rows lie on a GPU; None if they do not, or are strided."""
+        return self._source.on_device
 
     def copy_into(self, target: memoryview, first: int, count: int) -> None:
         """Copy `count` rows from `first` on into `target`, strided rows straight into place.
@@ -148,12 +161,20 @@ class TokenRows:
         return f"<TokenRows {self.name}: {self.num_tokens} x {self.field} on {self.device}>"
 
 
-def rows_of(schema: Schema, tensors: Mapping[str, object]) -> dict[str, TokenRows]:
+def rows_of(
+    schema: Schema, tensors: Mapping[str, object], *, stream: int | None = None
+) -> dict[str, TokenRows]:
     """Check the tensors of a transfer; return the rows of each field, in the schema's order.
+
+    Args:
+        schema: the fields.
+        tensors: by field.
+        stream: of CUDA, which makes those on a GPU; by default the current one.
 
     Raises:
         IncompatibleSchema: a field is missing or unknown, a tensor does not match its field,
             or two fields have different numbers of tokens.
+        PlaneUnavailable: a tensor is on a GPU, and CUDA fails.
     """
     missing = [name for name in schema if name not in tensors]
     unknown = [name for name in tensors if name not in schema]
@@ -161,7 +182,10 @@ def rows_of(schema: Schema, tensors: Mapping[str, object]) -> dict[str, TokenRow
         raise IncompatibleSchema(
             f"the tensors must be those of {schema}; missing {missing}, unknown {unknown}"
         )
-    rows = {name: TokenRows.of(name, field, tensors[name]) for name, field in schema.items()}
+    rows = {
+        name: TokenRows.of(name, field, tensors[name], stream=stream)
+        for name, field in schema.items()
+    }
     first, *others = rows.values()
     for other in others:
         if other.num_tokens != first.num_tokens:
@@ -199,7 +223,9 @@ def _check(name: str, field: Field, dtype: str, shape: Sequence[int]) -> None:
 # library can copy between any strides, and which keeps every bit.
 
 
-def _torch_source(name: str, field: Field, tensor: torch.Tensor) -> _Source:
+def _torch_source(
+    name: str, field: Field, tensor: torch.Tensor, stream: int | None = None
+) -> _Source:
     import torch
 
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
@@ -210,6 +236,8 @@ def _torch_source(name: str, field: Field, tensor: torch.Tensor) -> _Source:
     rows = tensor.detach().resolve_conj().resolve_neg() if _is_lazy(tensor) else tensor
     if rows.is_cpu and rows.is_contiguous():
         return _dense_torch_source(name, field, rows)
+    if rows.is_cuda:
+        return _torch_cuda_source(field, rows, stream)
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     rows, size = rows.detach(), rows.element_size()
     rows = rows.view(integers[size]) if size in integers else rows
@@ -235,6 +263,42 @@ def _dense_torch_source(name: str, field: Field, rows: torch.Tensor) -> _Source:
     memory = _array_type(nbytes).from_address(address)
     memory.owner = rows  # type: ignore[attr-defined]
     return _Source(num_tokens, memoryview(memory).cast("B"), address, None)
+
+
+def _torch_cuda_source(field: Field, tensor: torch.Tensor, stream: int | None) -> _Source:
+    """Strided rows are made dense on the current stream of torch, by one more copy."""
+    rows = tensor.detach().contiguous()
+    on_device = DeviceRows.at(rows.data_ptr(), field.row_nbytes, stream) if rows.numel() else None
+    return _device_source(len(rows), rows, str(rows.device), on_device)
+
+
+def _cuda_source(name: str, field: Field, array: Any, stream: int | None) -> _Source:
+    """Take an array of cupy, or of whoever else says in this way where it lies on a GPU."""
+    interface = array.__cuda_array_interface__
+    shape, dtype = interface["shape"], getattr(array.dtype, "name", str(array.dtype))
+    _check(name, field, dtype, shape)
+    if interface.get("strides") is not None:
+        raise IncompatibleSchema(f"field {name!r} is strided on its GPU: make it contiguous")
+    own = interface.get("stream")
+    if stream is None and own is not None:
+        stream = 0 if own == LEGACY_STREAM else own
+    on_device = None
+    if all(shape):
+        on_device = DeviceRows.at(interface["data"][0], field.row_nbytes, stream)
+    device = "cpu" if on_device is None else f"cuda:{on_device.device}"
+    return _device_source(shape[0], array, device, on_device)
+
+
+def _device_source(
+    num_tokens: int, owner: object, device: str, on_device: DeviceRows | None
+) -> _Source:
+    if on_device is None:
+        return _Source(num_tokens, memoryview(b""), None, None)
+
+    def copy(target: memoryview, first: int, count: int, kept: object = owner) -> None:
+        on_device.copy_into(target, first, count)
+
+    return _Source(num_tokens, None, None, copy, device, on_device)
 
 
 @functools.lru_cache(maxsize=1024)

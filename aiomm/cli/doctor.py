@@ -17,7 +17,7 @@ import msgspec
 from rich.console import Console
 
 from .. import __version__
-from ..buffers.arena import Arena, HostArena
+from ..buffers.arena import HostArena
 from ..buffers.layout import ByteRange
 from ..buffers.shm import MemfdArena
 from ..buffers.tensors import TokenRows
@@ -115,7 +115,7 @@ async def _try(receiving: Plane, sending: Plane) -> None:
             raise ValueError("what was written is not what has arrived")
 
 
-def _arena() -> Arena:
+def _arena() -> HostArena:
     try:
         return MemfdArena(TRIAL_NBYTES)
     except AiommError:

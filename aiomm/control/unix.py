@@ -18,8 +18,8 @@ from typing import ClassVar
 from aiomm.control.base import Channel, Handler, Peer, check_packet
 from aiomm.control.delivery import Delivery
 from aiomm.control.packet_stream import PacketStream
-from aiomm.control.process_watch import ProcessWatch, peer_credentials, peer_pidfd
 from aiomm.errors import PoolClosed
+from aiomm.processes import ProcessWatch, peer_credentials, peer_pidfd
 
 __all__ = ["ANY_UNIX_ADDRESS", "UnixChannel", "UnixPeer"]
 

@@ -147,6 +147,14 @@ class Plane(ABC):
         """Say why this machine cannot use the plane at all, or None if it may be tried."""
         return None
 
+    def writes_into(self, device: str) -> bool:
+        """Whether :meth:`export` can open an arena on a device, such as `"cpu"` or `"cuda:0"`.
+
+        A plane of the host is given memory of the host where the pool is on a GPU; the receiver
+        copies what has landed into the pool.
+        """
+        return device == "cpu"
+
     async def register(self, memory: memoryview) -> None:  # noqa: B027
         """Expect many writes from `memory`, until :meth:`unregister`.
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ..buffers.arena import Arena
+from ..buffers.arena import Arena, HostArena
 from ..buffers.layout import ByteRange
 from ..errors import PlaneUnavailable
 from .base import Export, GrantKey, Plane, RemoteArena, Run
@@ -91,7 +91,7 @@ class MemoryPlane(Plane):
         Raises:
             PlaneUnavailable: it is not host memory.
         """
-        if arena.device != "cpu":
+        if not isinstance(arena, HostArena):
             raise PlaneUnavailable(f"memory: writes into host memory, not into {arena.device}")
         return _MemoryExport(arena)
 
@@ -114,7 +114,7 @@ _TOKEN_NBYTES = 16
 
 
 class _MemoryExport(Export):
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: HostArena) -> None:
         self.arena = arena
         self.peers: set[int] = set()
         self.permits = Permits()

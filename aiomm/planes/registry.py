@@ -21,6 +21,7 @@ PREFERENCE = ("cuda_ipc", "shm", "mooncake", "tcp")
 """What `"auto"` means, as far as these exist. Planes of others are used when they are named."""
 
 BUILT_IN = {
+    "cuda_ipc": "aiomm.planes.cuda_ipc:CudaIpcPlane",
     "shm": "aiomm.planes.shm:ShmPlane",
     "mooncake": "aiomm.planes.mooncake:MooncakePlane",
     "tcp": "aiomm.planes.tcp:TcpPlane",

@@ -136,11 +136,16 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Receiver: compare the checksum of the tokens in `extents`. Ends in Verified."""
+    """Receiver: see that the tokens in `extents` are in their place, and right.
+
+    Copy them there if the plane has put them elsewhere, and compare their checksum if there is
+    one. Ends in Verified.
+    """
 
     number: int
     extents: tuple[Extent, ...]
     checksum: bytes
+    plane: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,7 @@ class WriteFinished:
 
     checksum: bytes = b""
     """Over the tokens written, if they are to be verified on arrival."""
+    plane: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +150,12 @@ class Written:
     total: int | None
     checksum: bytes = b""
     """To be verified before the chunk counts; empty if it need not be."""
+    plane: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Receiver: the checksum of the oldest chunk that does not count yet was compared."""
+    """Receiver: the oldest chunk that does not count yet is in its place, and was compared."""
 
     matches: bool
 

@@ -104,6 +104,8 @@ class Hello(_Struct, frozen=True):
     """Address of the same-host stream, if this side has one."""
     pool_tokens: Count = 0
     """Receiver: tokens of the pool, from which the sender computes the arena's layout."""
+    pool_device: Annotated[str, Meta(max_length=MAX_NAME)] = "cpu"
+    """Receiver: where the pool lies, `"cpu"` or a device of its own such as `"cuda:0"`."""
     num_probes: Count = 0
     link: Count = 0
     """Receiver: its number for this link, which names the sender's grants and its probe slot."""
@@ -229,6 +231,8 @@ class Written(_Struct, frozen=True):
     total: Count | None
     """Tokens of the whole transfer; None while the sender does not know."""
     checksum: Annotated[bytes, Meta(max_length=16)] = b""
+    plane: Annotated[str, Meta(max_length=MAX_NAME)] = ""
+    """The plane that they were written over."""
 
 
 class Accepted(_Struct, frozen=True):

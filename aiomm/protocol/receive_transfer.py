@@ -55,15 +55,20 @@ class ReceiveTransfer(Transfer):
 
     id: TransferId | None = None
 
-    def __init__(self, number: int, default_tokens: int, now: float) -> None:
+    def __init__(
+        self, number: int, default_tokens: int, now: float, *, always_verifies: bool = False
+    ) -> None:
         super().__init__(now)
         self.number = number
+        self.plane = ""
+        """The plane over which the last chunk came."""
         self.metadata = b""
         self.grants: list[tuple[tuple[int, ...], tuple[Extent, ...]]] = []
         """Block indices and extents of every grant."""
         self.reservation: Reserve | ReserveRest | None = None
         """The last one asked for, until it is answered or given up; earlier ones are void."""
         self._default_tokens = default_tokens
+        self._always_verifies = always_verifies
         self._borders: list[int] = []
         """Token at which each grant ends."""
         self._allocations: list[Allocation] = []
@@ -72,7 +77,7 @@ class ReceiveTransfer(Transfer):
         self._is_sealed = False
         self._is_quarantined = False
         self._uncounted: deque[Written] = deque()
-        """Chunks whose checksum is being compared, or that wait behind such a one."""
+        """Chunks that are being verified, or wait behind such a one."""
 
     @property
     def is_claimed(self) -> bool:
@@ -215,12 +220,13 @@ class ReceiveTransfer(Transfer):
         return self._count_chunks(now) if len(self._uncounted) == 1 else []
 
     def _count_chunks(self, now: float) -> Commands:
-        """Count what has landed, in order, up to a chunk that has to be verified first."""
+        """Count what has landed, in order, up to a chunk that is to be verified first."""
         commands: Commands = []
         while self._uncounted and not self._is_sealed:
             event = self._uncounted[0]
-            if event.checksum:
-                return [*commands, Verify(self.number, self._extents_of(event), event.checksum)]
+            if event.checksum or (self._always_verifies and event.count):
+                extents = self._extents_of(event)
+                return [*commands, Verify(self.number, extents, event.checksum, event.plane)]
             commands += self._count_chunk(self._uncounted.popleft(), now)
         return commands
 
@@ -237,6 +243,7 @@ class ReceiveTransfer(Transfer):
 
     def _count_chunk(self, event: Written, now: float) -> Commands:
         self._count(event.sequence, event.count)
+        self.plane = event.plane or self.plane
         if self.transferred_tokens == self.total:
             return self._complete(now)
         if self.transferred_tokens < self._borders[event.sequence] or not event.count:

@@ -87,6 +87,8 @@ class ReceiveEndpoint(Endpoint):
         default_timeout: seconds a request lives that a sender has offered unasked.
         max_requests: bound on requests that are not taken yet.
         max_tokens: longest request that is accepted.
+        always_verifies: have every chunk verified before it counts, also without a checksum:
+            it may not be in its place yet.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class ReceiveEndpoint(Endpoint):
         max_peers: int = 1024,
         max_requests: int = 4096,
         max_tokens: int = 2**24,
+        always_verifies: bool = False,
     ) -> None:
         super().__init__(epoch, timing=timing or Timing(), max_peers=max_peers)
         self._schema = schema
@@ -112,6 +115,7 @@ class ReceiveEndpoint(Endpoint):
         self._default_timeout = default_timeout
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self._always_verifies = always_verifies
         self.is_closing = False
         """Claims are turned away; what runs may end."""
         self._links = 0
@@ -249,6 +253,11 @@ class ReceiveEndpoint(Endpoint):
         request = self._requests.get(number)
         return request is not None and request.is_open
 
+    def is_live(self, number: int) -> bool:
+        """Whether the request has not ended yet."""
+        request = self._requests.get(number)
+        return request is not None and not request.transfer.state.is_terminal
+
     def numbers(self) -> list[int]:
         """Return the numbers of all requests, oldest first."""
         return list(self._requests)
@@ -327,8 +336,8 @@ class ReceiveEndpoint(Endpoint):
             case frames.Announce(transfer, total, metadata):
                 announced = events.Announced(total, metadata)
                 self._unless_too_long(session, transfer, total, announced, now)
-            case frames.Written(transfer, sequence, start, count, total, checksum):
-                written = events.Written(sequence, start, count, total, checksum)
+            case frames.Written(transfer, sequence, start, count, total, checksum, plane):
+                written = events.Written(sequence, start, count, total, checksum, plane)
                 length = max(start + count, total or 0)
                 self._unless_too_long(session, transfer, length, written, now)
             case frames.Abort(transfer, _, _, drained):
@@ -362,7 +371,9 @@ class ReceiveEndpoint(Endpoint):
         if len(self._requests) >= self._max_requests:
             raise Rejected(f"{self._max_requests} requests are open", retryable=True)
         self._number += 1
-        transfer = ReceiveTransfer(self._number, self._default_tokens, now)
+        transfer = ReceiveTransfer(
+            self._number, self._default_tokens, now, always_verifies=self._always_verifies
+        )
         request = _Request(request_id, transfer, timeout, now + timeout, key)
         self._requests[self._number] = request
         if named:

@@ -75,8 +75,8 @@ class SendTransfer(Transfer):
                 return self._tokens_ready(event)
             case Granted() | Resumed():
                 return self._granted(event, now)
-            case WriteFinished(checksum):
-                return self._write_finished(checksum, now)
+            case WriteFinished():
+                return self._write_finished(event, now)
             case WriteFailed(failure):
                 return [*self._fail(failure, now), Quiesce(self.id)]
             case Drained():
@@ -141,18 +141,19 @@ class SendTransfer(Transfer):
     def _seal(self) -> Commands:
         self._sealed = True
         sequence = self._next_sequence - 1
-        return [SendFrame(self._written(sequence, self.transferred_tokens, 0, b""))]
+        return [
+            SendFrame(frames.Written(self.id, sequence, self.transferred_tokens, 0, self.total))
+        ]
 
-    def _written(self, sequence: int, start: int, count: int, checksum: bytes) -> frames.Written:
-        return frames.Written(self.id, sequence, start, count, self.total, checksum)
-
-    def _write_finished(self, checksum: bytes, now: float) -> Commands:
+    def _write_finished(self, event: WriteFinished, now: float) -> Commands:
         count, self._writing = self._writing, 0
         if self.state.is_terminal:
             return self._acknowledge_abort()
         sequence, start = self._grants[0].sequence, self.transferred_tokens
         self._count(sequence, count)
-        commands: Commands = [SendFrame(self._written(sequence, start, count, checksum))]
+        checksum, plane = event.checksum, event.plane
+        written = frames.Written(self.id, sequence, start, count, self.total, checksum, plane)
+        commands: Commands = [SendFrame(written)]
         if self.transferred_tokens == self.total:
             self._sealed = True
         elif self._grant_is_full():

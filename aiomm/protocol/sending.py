@@ -182,9 +182,11 @@ class SendEndpoint(Endpoint):
 
     # What the driver reports.
 
-    def write_finished(self, generation: int, now: float, checksum: bytes = b"") -> None:
-        """The running write has landed; with a checksum, the receiver verifies it."""
-        self._feed(generation, events.WriteFinished(checksum), now)
+    def write_finished(
+        self, generation: int, now: float, checksum: bytes = b"", plane: str = ""
+    ) -> None:
+        """The running write has landed over `plane`; with a checksum, the receiver verifies it."""
+        self._feed(generation, events.WriteFinished(checksum, plane), now)
 
     def write_failed(self, generation: int, failure: Failure, now: float) -> None:
         """The running write has failed; it may still land."""

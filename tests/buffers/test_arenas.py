@@ -34,30 +34,30 @@ def open_descriptors() -> int:
 
 
 @pytest.fixture(params=[HostArena, MemfdArena])
-def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
+def arena(request: pytest.FixtureRequest) -> Iterator[HostArena]:
     made: HostArena = request.param(4 * PAGE)
     yield made
     made.close()
 
 
 class TestEveryArena:
-    def test_starts_as_zeros_and_views_share_it(self, arena: Arena) -> None:
+    def test_starts_as_zeros_and_views_share_it(self, arena: HostArena) -> None:
         assert bytes(arena.view(0, arena.nbytes)) == bytes(4 * PAGE)
         arena.view(100, 3)[:] = b"abc"
         assert bytes(arena.view(99, 5)) == b"\0abc\0"
         assert (arena.device, arena.nbytes) == ("cpu", 4 * PAGE)
 
-    def test_views_are_flat_writable_bytes(self, arena: Arena) -> None:
+    def test_views_are_flat_writable_bytes(self, arena: HostArena) -> None:
         view = arena.view(5, 10)
         assert (view.format, view.ndim, view.nbytes, view.readonly) == ("B", 1, 10, False)
         assert arena.view(4 * PAGE, 0).nbytes == 0
 
     @pytest.mark.parametrize(("offset", "nbytes"), [(-1, 4), (0, -1), (1, 4 * PAGE), (5 * PAGE, 0)])
-    def test_bytes_outside_are_refused(self, arena: Arena, offset: int, nbytes: int) -> None:
+    def test_bytes_outside_are_refused(self, arena: HostArena, offset: int, nbytes: int) -> None:
         with pytest.raises(ValueError, match="outside the arena"):
             arena.view(offset, nbytes)
 
-    def test_views_stay_valid_after_close(self, arena: Arena) -> None:
+    def test_views_stay_valid_after_close(self, arena: HostArena) -> None:
         view = arena.view(0, 3)
         view[:] = b"abc"
         arena.close()
@@ -67,7 +67,7 @@ class TestEveryArena:
             arena.view(0, 1)
         assert repr(arena) == f"<{type(arena).__name__} of {4 * PAGE} bytes, closed>"
 
-    def test_no_memory_at_all_is_refused(self, arena: Arena) -> None:
+    def test_no_memory_at_all_is_refused(self, arena: HostArena) -> None:
         with pytest.raises((ValueError, PlaneUnavailable), match=r"0 bytes"):
             type(arena)(0)  # type: ignore[call-arg]
 

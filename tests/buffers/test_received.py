@@ -30,7 +30,7 @@ def source(num_tokens: int = NUM_TOKENS) -> dict[str, torch.Tensor]:
     }
 
 
-def filled(tensors: dict[str, torch.Tensor], arena_type: type[HostArena]) -> tuple[Layout, Arena]:
+def filled(tensors: dict[str, torch.Tensor], arena_type: type[HostArena]) -> tuple[Layout, HostArena]:
     """A pool in which token n is row n of `tensors`."""
     layout = Layout(SCHEMA, NUM_TOKENS, num_probes=1)
     arena = arena_type(layout.nbytes)

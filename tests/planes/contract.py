@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from aiomm.buffers.arena import Arena
+from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
@@ -64,7 +64,7 @@ class Link:
 
     def content(self) -> bytes:
         """Return all bytes of the arena."""
-        return bytes(self.arena.view(0, self.arena.nbytes))
+        return bytes(self.arena.read(0, self.arena.nbytes))
 
     async def write(self, runs: Sequence[Run], grant: GrantKey = GRANT) -> None:
         """Permit exactly the bytes of `runs` and write them."""
@@ -101,11 +101,16 @@ class PlaneContract(ABC):
     def make_arena(self, nbytes: int) -> Arena:
         """Return a new arena that the plane can export."""
 
+    def fill(self, arena: Arena, content: bytes) -> None:
+        """Write all of the arena, as its owner."""
+        assert isinstance(arena, HostArena)
+        arena.view(0, arena.nbytes)[:] = content
+
     async def open_link(self, nbytes: int = ARENA_NBYTES) -> Link:
         """Return a new link over an arena filled with the background byte."""
         plane = self.make_plane()
         arena = self.make_arena(nbytes)
-        arena.view(0, nbytes)[:] = bytes([BACKGROUND]) * nbytes
+        self.fill(arena, bytes([BACKGROUND]) * nbytes)
         export = await plane.export(arena)
         remote = await plane.attach(export.offer(PEER))
         return Link(plane, arena, export, remote)

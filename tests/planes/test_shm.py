@@ -16,7 +16,7 @@ import pytest
 from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.shm import MemfdArena
 from aiomm.errors import PlaneUnavailable
-from aiomm.planes import shm
+from aiomm.planes import handover, shm
 from aiomm.planes.base import Plane
 from aiomm.planes.shm import ShmPlane
 
@@ -86,7 +86,7 @@ def start_process(target: object) -> tuple[multiprocessing.process.BaseProcess, 
 
 def abstract_name(link: Link) -> bytes:
     assert isinstance(link.export, shm._ShmExport)
-    return b"\0" + link.export._name
+    return b"\0" + link.export.desk._name
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,7 +145,7 @@ class TestShmPlane(PlaneContract):
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
     async def test_the_exporter_refuses_another_user_itself(self, link: Link) -> None:
         assert isinstance(link.export, shm._ShmExport)
-        link.export.user = NOBODY
+        link.export.desk.user = NOBODY
         with pytest.raises(PlaneUnavailable, match="refuses"):
             await link.plane.attach(link.export.offer(PEER))
 
@@ -184,7 +184,7 @@ class TestShmPlane(PlaneContract):
     async def test_a_stranger_gets_nothing(
         self, link: Link, shown: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(shm, "HANDSHAKE_SECONDS", 0.02)
+        monkeypatch.setattr(handover, "HANDSHAKE_SECONDS", 0.02)
         reader, writer = await self.stranger(link)
         writer.write(shown)
         with contextlib.suppress(ConnectionResetError):
@@ -193,7 +193,7 @@ class TestShmPlane(PlaneContract):
         await link.write([whole(random_rows(4, 16), 0)])
 
     async def test_silent_strangers_are_bounded(self, link: Link) -> None:
-        strangers = [await self.stranger(link) for _ in range(shm.MAX_STRANGERS + 4)]
+        strangers = [await self.stranger(link) for _ in range(handover.MAX_STRANGERS + 4)]
         for reader, _ in strangers[:4]:
             assert await reader.read() == b""
         second = await link.plane.attach(link.export.offer(PEER))
@@ -205,7 +205,7 @@ class TestShmPlane(PlaneContract):
         assert isinstance(link.export, shm._ShmExport)
         offer = link.export.offer(PEER)
         reader, writer = await self.stranger(link)
-        writer.write(link.export.secrets[PEER])
+        writer.write(link.export.desk.secrets[PEER])
         assert await reader.readexactly(1) == shm.ACCEPTED
         writer.write(b"hello?")
         assert await reader.read() == b""

@@ -445,7 +445,7 @@ class TestTcpPlane(PlaneContract):
         for number in range(progress.MAX_UNFINISHED + 2):
             by_hand = await ByHand.admitted(link)
             assert len(by_hand.resumed) == min(number, progress.MAX_UNFINISHED)
-            link.arena.view(0, 1)[:] = bytes([BACKGROUND])
+            link.export.arena.view(0, 1)[:] = bytes([BACKGROUND])
             by_hand.writer.write(header((0, 2), number=number) + b"x")
             await until_received(link, 1)
             await by_hand.aclose()

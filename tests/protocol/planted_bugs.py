@@ -302,8 +302,8 @@ def finish_when_written(patch: pytest.MonkeyPatch) -> None:
     """The sender reports success when the last write has ended, not when it was accepted."""
     original = SendTransfer._write_finished
 
-    def write_finished(self: SendTransfer, checksum: bytes, now: float) -> list[Any]:
-        commands = original(self, checksum, now)
+    def write_finished(self: SendTransfer, event: events.WriteFinished, now: float) -> list[Any]:
+        commands = original(self, event, now)
         if self._sealed and not self.state.is_terminal:
             commands += self._accepted(now)
         return commands

@@ -369,7 +369,7 @@ class TestChecksums:
         """Until then nothing moves; then the transfer is done."""
         transfer = self.granted(early_rest=False)
         assert transfer.handle(Written(0, 0, 100, 100, b"sum"), 1.0) == [
-            do.Verify(1, (Extent(0, 100),), b"sum")
+            do.Verify(1, (Extent(0, 100),), b"sum", "")
         ]
         assert (transfer.state, transfer.transferred_tokens) == (SENDING, 0)
         commands = transfer.handle(events.Verified(matches=True), 2.0)
@@ -382,7 +382,7 @@ class TestChecksums:
         transfer.handle(Written(0, 0, 1024, 2000, b"one"), 1.0)
         assert transfer.handle(Written(1, 1024, 976, 2000, b"two"), 1.0) == []
         assert transfer.handle(events.Verified(matches=True), 2.0) == [
-            do.Verify(1, (Extent(1024, 2000),), b"two")
+            do.Verify(1, (Extent(1024, 2000),), b"two", "")
         ]
         assert transfer.chunks == [1024]
         transfer.handle(events.Verified(matches=True), 3.0)
@@ -395,6 +395,19 @@ class TestChecksums:
         assert transfer.handle(Written(1, 1024, 976, 2000), 1.0) == []
         transfer.handle(events.Verified(matches=True), 2.0)
         assert transfer.state is DONE
+
+    def test_without_one_it_may_still_have_to_be_brought_to_its_place(self) -> None:
+        """Every chunk is verified where the driver asks for it; the plane is told."""
+        transfer = ReceiveTransfer(1, DEFAULT, 0.0, always_verifies=True)
+        transfer.expect()
+        transfer.handle(events.Claimed(TRANSFER, 100, b""), 0.0)
+        transfer.handle(Reserved(allocation(0, size=BLOCK, num_tokens=100)), 0.0)
+        assert transfer.handle(Written(0, 0, 100, 100, plane="tcp"), 1.0) == [
+            do.Verify(1, (Extent(0, 100),), b"", "tcp")
+        ]
+        commands = transfer.handle(events.Verified(matches=True), 2.0)
+        assert [type(command) for command in commands] == [do.Deliver, do.SendFrame]
+        assert (transfer.state, transfer.plane) == (DONE, "tcp")
 
     def test_a_changed_chunk_fails_the_transfer(self) -> None:
         """The blocks behind it may still be written: quarantine, and the sender is told."""

@@ -16,7 +16,7 @@ import os
 from functools import partial
 from typing import ClassVar, Self
 
-from ...buffers.arena import Arena
+from ...buffers.arena import Arena, HostArena
 from ...buffers.arrays import address_of
 from ...errors import PlaneUnavailable
 from ..base import Export, Place, Plane, RemoteArena
@@ -84,7 +84,7 @@ class MooncakePlane(Plane):
         Raises:
             PlaneUnavailable: there is no engine here, or no address to listen on.
         """
-        if arena.device != "cpu":
+        if not isinstance(arena, HostArena):
             raise PlaneUnavailable(f"mooncake: reads into host memory, not into {arena.device}")
         self._check_usable()
         copies = Copies(self._thread)

@@ -17,7 +17,7 @@ from typing import TypeAlias, cast
 
 import msgspec
 
-from ...buffers.arena import Arena
+from ...buffers.arena import HostArena
 from ...buffers.layout import ByteRange
 from ...errors import PlaneUnavailable, ProtocolError
 from ..base import Export, GrantKey
@@ -68,7 +68,7 @@ class MooncakeExport(Export):
 
     def __init__(
         self,
-        arena: Arena,
+        arena: HostArena,
         engine: SharedEngine,
         copies: Copies,
         memory: tuple[int, int] | None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from ...buffers.arena import Arena
+from ...buffers.arena import Arena, HostArena
 from ...errors import PlaneUnavailable
 from ..base import Export, Place, Plane, RemoteArena
 from ..copying import CopyThread
@@ -60,7 +60,7 @@ class TcpPlane(Plane):
         Raises:
             PlaneUnavailable: the address cannot be bound, or the arena is on another device.
         """
-        if arena.device != "cpu":
+        if not isinstance(arena, HostArena):
             raise PlaneUnavailable(f"tcp: receives into host memory, not into {arena.device}")
         export = TcpExport(arena, self._advertise)
         await export.listen(self._bind, self._port)

@@ -11,7 +11,7 @@ from typing import cast
 
 import msgspec
 
-from ...buffers.arena import Arena
+from ...buffers.arena import HostArena
 from ...buffers.layout import ByteRange
 from ...errors import PlaneUnavailable, ProtocolError
 from ..base import Export, GrantKey
@@ -50,7 +50,7 @@ long one only what lies behind its header is copied."""
 class TcpExport(Export):
     """One arena, open to senders that show their key."""
 
-    def __init__(self, arena: Arena, advertise: str) -> None:
+    def __init__(self, arena: HostArena, advertise: str) -> None:
         self.arena = arena
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}

@@ -1,0 +1,78 @@
+"""Rows that lie in the memory of a GPU: where, and when they can be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import IncompatibleSchema
+from ..gpu.choice import gpu_runtime
+from ..gpu.lanes import Mark, lanes_of
+from ..gpu.runtime import GpuError, GpuRuntime, explained
+
+__all__ = ["DeviceRows", "stream_of"]
+
+LEGACY_STREAM = 1
+"""How `__cuda_array_interface__` names the default stream, which is 0 for everybody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """Dense rows of a tensor on a GPU. Whoever has this keeps the tensor."""
+
+    runtime: GpuRuntime
+    device: int
+    address: int
+    row_nbytes: int
+    ready: Mark
+    """Over when the stream that makes the tensor has made it."""
+
+    @classmethod
+    def at(cls, address: int, row_nbytes: int, stream: int | None) -> DeviceRows:
+        """Return the rows at `address`, which `stream` (by default the current one) makes.
+
+        Raises:
+            PlaneUnavailable: there is no CUDA here, or it has failed.
+            IncompatibleSchema: no GPU has such an address.
+        """
+        runtime = gpu_runtime()
+        try:
+            device = runtime.device_at(address)
+            if device is None:
+                raise IncompatibleSchema(f"there is no memory of a GPU at {address:#x}")
+            used = runtime.current_stream(device) if stream is None else stream
+            return cls(runtime, device, address, row_nbytes, Mark(runtime, device, used))
+        except GpuError as exc:
+            raise explained(0, exc) from exc
+
+    def copy_into(self, target: memoryview, first: int, count: int) -> None:
+        """Copy rows to the host, once they are ready. Blocks.
+
+        Raises:
+            PlaneUnavailable: CUDA has failed.
+        """
+        source = self.address + first * self.row_nbytes
+        try:
+            lanes_of(self.runtime, self.device).copy_to_host(target, source, [self.ready])
+        except GpuError as exc:
+            raise explained(self.device, exc) from exc
+
+
+def stream_of(stream: object) -> int | None:
+    """Return CUDA's handle of a stream: of torch, cupy or cuda.core, or the number itself.
+
+    None stays None.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if stream is None or isinstance(stream, int):
+        return stream
+    for attribute in ("cuda_stream", "ptr"):
+        handle = getattr(stream, attribute, None)
+        if handle is not None:
+            return int(handle)
+    protocol: Any = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        return int(protocol()[1])
+    raise TypeError(f"not a CUDA stream: {type(stream).__name__}")

@@ -1,0 +1,220 @@
+"""Copies of a GPU: each on a stream that nobody else uses meanwhile, so that none holds up another.
+
+A copy that waits for a slow encoder keeps its lane, and the next one takes another.
+"""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import ctypes
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from .runtime import Copy, GpuError, GpuRuntime
+
+__all__ = ["Lanes", "Mark", "finished", "lanes_of"]
+
+MAX_LANES = 32
+"""On each device. More copies at once wait for one of them in line."""
+MOMENT = 60e-6
+"""Seconds in which the end of a copy is looked for at every turn of the loop. To wake a thread and
+then the loop takes as long."""
+
+
+class Mark:
+    """A point in a stream's work: over when all is done that the stream had been given by then."""
+
+    def __init__(self, runtime: GpuRuntime, device: int, stream: int) -> None:
+        self.runtime = runtime
+        self.device = device
+        self._event = runtime.make_event(device)
+        try:
+            runtime.record(device, self._event, stream)
+        except BaseException:
+            runtime.destroy_event(device, self._event)
+            raise
+
+    def is_over(self) -> bool:
+        """Whether it is over.
+
+        Raises:
+            GpuError: what comes before it has failed.
+        """
+        return self.runtime.query(self.device, self._event)
+
+    def delay(self, stream: int) -> None:
+        """Let `stream` of the same process go on only when this is over."""
+        self.runtime.wait(self.device, stream, self._event)
+
+    def synchronize(self) -> None:
+        """Return when it is over. Blocks.
+
+        Raises:
+            GpuError: what comes before it has failed.
+        """
+        self.runtime.synchronize(self.device, self._event)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_event"):
+            try:
+                self.runtime.destroy_event(self.device, self._event)
+            except GpuError:
+                return  # the device is lost, and its events with it
+
+
+async def finished(mark: Mark) -> None:
+    """Return when `mark` is over: at once, within a moment, or when a sleeping thread is woken.
+
+    Raises:
+        GpuError: what comes before it has failed.
+    """
+    until = time.perf_counter() + MOMENT
+    while not mark.is_over():
+        if time.perf_counter() > until:
+            await _synchronized(mark)
+            return
+        await asyncio.sleep(0)
+
+
+async def _synchronized(mark: Mark) -> None:
+    """Have a thread of its own wait: one event may be over long before another."""
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()
+
+    def wait() -> None:
+        error: GpuError | None = None
+        try:
+            mark.synchronize()
+        except GpuError as exc:
+            error = exc
+        try:
+            loop.call_soon_threadsafe(_resolve, over, error)
+        except RuntimeError:
+            return  # the loop was closed in the meantime
+
+    # `Thread.start` would wait for the thread, and beside a busy one for milliseconds.
+    _thread.start_new_thread(wait, ())
+    await over
+
+
+def _resolve(over: asyncio.Future[None], error: GpuError | None) -> None:
+    if over.done():
+        return
+    if error is None:
+        over.set_result(None)
+    else:
+        over.set_exception(error)
+
+
+class Lanes:
+    """The streams of one device that aiomm copies on."""
+
+    def __init__(self, runtime: GpuRuntime, device: int) -> None:
+        self._runtime = runtime
+        self._device = device
+        self._free: list[int] = []
+        self._num_made = 0
+        self._lock = threading.Lock()
+        self._line: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[int]]] = deque()
+
+    async def copy(self, copies: Sequence[Copy], after: Sequence[Mark] = ()) -> None:
+        """Copy when all of `after` is over; return when it is done. It must not be cancelled.
+
+        Raises:
+            GpuError: it has failed, and nothing of it lands any more.
+        """
+        lane = await self._take()
+        try:
+            error = self._begin(lane, copies, after)
+            await finished(Mark(self._runtime, self._device, lane))
+        finally:
+            self._give(lane)
+        if error is not None:
+            raise error
+
+    def copy_now(self, copies: Sequence[Copy], after: Sequence[Mark] = ()) -> None:
+        """Do the same, on a thread that may block.
+
+        Raises:
+            GpuError: it has failed, and nothing of it lands any more.
+        """
+        with self._own_lane() as lane:
+            error = self._begin(lane, copies, after)
+            Mark(self._runtime, self._device, lane).synchronize()
+        if error is not None:
+            raise error
+
+    def copy_to_host(
+        self, target: bytearray | memoryview, source: int, after: Sequence[Mark] = ()
+    ) -> None:
+        """Copy as many bytes as `target` has, from the device's address `source` on. Blocks.
+
+        Raises:
+            GpuError: it has failed.
+        """
+        if len(target):
+            array = (ctypes.c_ubyte * len(target)).from_buffer(target)
+            self.copy_now([Copy(ctypes.addressof(array), source, len(target))], after)
+
+    def _begin(self, lane: int, copies: Sequence[Copy], after: Sequence[Mark]) -> GpuError | None:
+        """Give copies to a lane. After an error some may be under way: wait for the lane."""
+        try:
+            for mark in after:
+                mark.delay(lane)
+            if copies:
+                self._runtime.copy(self._device, lane, copies)
+        except GpuError as exc:
+            return exc
+        return None
+
+    @contextmanager
+    def _own_lane(self) -> Iterator[int]:
+        """Use a stream beyond all counting: whoever blocks a thread is few."""
+        with self._lock:
+            lane = self._free.pop() if self._free else None
+        if lane is None:
+            lane = self._runtime.make_stream(self._device)
+        try:
+            yield lane
+        finally:
+            self._give(lane)
+
+    async def _take(self) -> int:
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[int] | None = None
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            if self._num_made < MAX_LANES:
+                self._num_made += 1
+            else:
+                turn = loop.create_future()
+                self._line.append((loop, turn))
+        if turn is not None:
+            return await turn
+        return self._runtime.make_stream(self._device)
+
+    def _give(self, lane: int) -> None:
+        with self._lock:
+            while self._line:
+                loop, turn = self._line.popleft()
+                try:
+                    loop.call_soon_threadsafe(turn.set_result, lane)
+                except RuntimeError:
+                    continue  # that loop was closed in the meantime
+                return
+            self._free.append(lane)
+
+
+_lanes: dict[tuple[GpuRuntime, int], Lanes] = {}
+_lanes_lock = threading.Lock()
+
+
+def lanes_of(runtime: GpuRuntime, device: int) -> Lanes:
+    """Return the lanes of a device, which all of this process share."""
+    with _lanes_lock:
+        return _lanes.setdefault((runtime, device), Lanes(runtime, device))

@@ -1,0 +1,155 @@
+"""The plane of GPUs passes the contract over a fake GPU, from the host and from either device."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+import torch
+
+from aiomm.buffers.arena import Arena, HostArena
+from aiomm.buffers.cuda import CudaArena
+from aiomm.buffers.layout import ByteRange
+from aiomm.buffers.tensors import TokenRows
+from aiomm.errors import PlaneUnavailable
+from aiomm.gpu.choice import use_runtime
+from aiomm.gpu.fake import FakeArray, FakeRuntime
+from aiomm.planes.base import Plane, Run
+from aiomm.planes.cuda_ipc import CudaIpcPlane
+from aiomm.types import Field
+
+from . import contract
+from .contract import (
+    ARENA_NBYTES,
+    Link,
+    PlaneContract,
+    bytes_of,
+    expected_content,
+    random_rows,
+    whole,
+)
+
+
+@pytest.fixture
+def fake(no_leaks: None) -> Iterator[FakeRuntime]:
+    """Two devices; none may be abused."""
+    runtime = FakeRuntime([0, 1])
+    use_runtime(runtime)
+    yield runtime
+    runtime.faults.release()
+    use_runtime(None)
+    assert runtime.violations == []
+
+
+def on_device(runtime: FakeRuntime, device: int, tensor: torch.Tensor) -> TokenRows:
+    """Return the rows of `tensor` in the memory of a device."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    array = FakeArray(runtime, device, bytes_of(tensor), dtype, tuple(tensor.shape))
+    return TokenRows.of("rows", Field(dtype, *tensor.shape[1:]), array)
+
+
+@pytest.mark.usefixtures("fake")
+class CudaIpcContract(PlaneContract):
+    def make_plane(self) -> Plane:
+        return CudaIpcPlane()
+
+    def make_arena(self, nbytes: int) -> Arena:
+        return CudaArena(nbytes, "cuda:0")
+
+    def fill(self, arena: Arena, content: bytes) -> None:
+        assert isinstance(arena, CudaArena)
+        source = HostArena(arena.nbytes)
+        source.view(0, arena.nbytes)[:] = content
+        arena.upload(source, [ByteRange(0, arena.nbytes)])
+
+
+class TestFromTheHost(CudaIpcContract):
+    """Rows of the host, dense and strided, into a pool on a GPU."""
+
+
+class TestFromTheSameDevice(CudaIpcContract):
+    """Rows of the GPU that has the pool."""
+
+    device: ClassVar[int] = 0
+
+    @pytest.fixture(autouse=True)
+    def rows_on_device(self, fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+        def rows_of(tensor: torch.Tensor) -> TokenRows:
+            return on_device(fake, self.device, tensor)
+
+        monkeypatch.setattr(contract, "rows_of", rows_of)
+
+    async def test_nothing_goes_over_the_host(self, link: Link, fake: FakeRuntime) -> None:
+        fake.copied.clear()
+        tensor = random_rows(100, 48)
+        await link.write([whole(tensor, 4096)])
+        way = "DtoD" if self.device == 0 else "PtoP"
+        assert fake.copied == {way: tensor.nbytes}
+
+
+class TestFromAnotherDevice(TestFromTheSameDevice):
+    """Rows of another GPU of the sender's."""
+
+    device: ClassVar[int] = 1
+
+
+@pytest.fixture
+async def link(fake: FakeRuntime) -> Link:
+    return await TestFromTheHost().open_link()
+
+
+async def test_a_write_waits_for_whoever_makes_the_tensor(link: Link, fake: FakeRuntime) -> None:
+    """The content is there only when the producer's stream is so far."""
+    tensor = random_rows(10, 64)
+    array = FakeArray(fake, 0, bytes(640), "uint8", (10, 64))
+    producer, made = fake.make_stream(0), asyncio.Event()
+    may_finish = threading.Event()
+    fake.run(producer, lambda: assert_set(may_finish))
+    fake.run(producer, lambda: array.fill(bytes_of(tensor)))
+    rows = TokenRows.of("rows", Field("uint8", 64), array, stream=producer)
+    write = asyncio.ensure_future(link.write([Run(rows, 0, 10, 0)]))
+    write.add_done_callback(lambda _: made.set())
+    other = random_rows(4, 16)
+    await link.write([Run(on_device(fake, 0, other), 0, 4, 4096)])  # nobody else waits for it
+    assert not write.done()
+    may_finish.set()
+    await write
+    assert link.content() == expected_content(ARENA_NBYTES, (0, tensor), (4096, other))
+    await link.aclose()
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(10)
+
+
+async def test_a_copy_that_is_refused_fails_its_write_only(link: Link, fake: FakeRuntime) -> None:
+    fake.faults.refuse_at = fake.faults.num_copies + 1
+    rows = on_device(fake, 0, random_rows(4, 16))
+    with pytest.raises(PlaneUnavailable, match="cuda:0: cuMemcpyAsync: refused on demand"):
+        await link.write([Run(rows, 0, 4, 0)])
+    await link.write([Run(rows, 0, 4, 0)])
+    await link.aclose()
+
+
+async def test_a_device_that_is_lost_says_so_every_time(link: Link, fake: FakeRuntime) -> None:
+    fake.faults.fail_at = fake.faults.num_copies + 1
+    rows = on_device(fake, 0, random_rows(4, 16))
+    for _ in range(2):
+        with pytest.raises(PlaneUnavailable, match="the device is lost to this process"):
+            await link.write([Run(rows, 0, 4, 0)])
+    await link.aclose()
+
+
+async def test_the_plane_needs_a_pool_on_a_gpu(fake: FakeRuntime) -> None:
+    with pytest.raises(PlaneUnavailable, match="writes into a GPU's memory, not cpu"):
+        await CudaIpcPlane().export(HostArena(4096))
+    assert not CudaIpcPlane().writes_into("cpu")
+
+
+def test_a_process_that_does_not_use_cuda_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AIOMM_GPU_RUNTIME", raising=False)
+    use_runtime(None)
+    assert CudaIpcPlane(by_name=False).unusable() == "CUDA is not in use in this process"
