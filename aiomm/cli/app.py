@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..config import ReceiverSettings, SenderSettings, settings_from
+from ..gpu.choice import device_ordinal
 from ..types import Field, Schema
 from .endpoint import EndpointOptions
 from .running import Exit, fail, finish
@@ -37,6 +38,7 @@ class PlaneChoice(StrEnum):
     """How bytes may move."""
 
     AUTO = "auto"
+    CUDA_IPC = "cuda_ipc"
     SHM = "shm"
     MOONCAKE = "mooncake"
     TCP = "tcp"
@@ -121,6 +123,9 @@ def demo(
     default_blocks: Annotated[int, typer.Option(min=1, help="Reserved at first.")] = 8,
     pool_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the pool.")] = 64,
     plane: PlaneOption = PlaneChoice.AUTO,
+    device: Annotated[
+        str, typer.Option(metavar="cpu|cuda:N", help="Where the tensors and the pool lie.")
+    ] = "cpu",
     control: Annotated[
         ControlChoice, typer.Option(help="How control frames move.")
     ] = ControlChoice.AUTO,
@@ -136,6 +141,7 @@ def demo(
 ) -> None:
     """Move requests between a language and an encoder process, and compare every byte."""
     _check_environment()
+    _check_device(device)
     from ..demo.messages import Options
     from .demo import demonstrate
 
@@ -148,6 +154,7 @@ def demo(
         default_blocks=default_blocks,
         pool_blocks=pool_blocks,
         plane=plane.value,
+        device=device,
         control=control.value,
         bind=bind.value,
         announce=announce,
@@ -292,6 +299,14 @@ def _check_environment() -> None:
         settings_from(SenderSettings, {})
     except ValueError as exc:
         raise fail(str(exc), Exit.USAGE, errors=errors) from None
+
+
+def _check_device(device: str) -> None:
+    try:
+        if device != "cpu":
+            device_ordinal(device)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--device") from exc
 
 
 def _check_endpoint(endpoint: EndpointOptions) -> None:

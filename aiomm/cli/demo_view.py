@@ -69,7 +69,7 @@ def _header(report: Report) -> Panel:
         f"{options.requests} request(s) of {escape(what)}",
         f"the encoder {knows} the length when it claims",
         f"plane [bold]{report.plane or 'none'}[/bold]; {who} listens at {report.address}",
-        f"pool of {options.pool_blocks} blocks x {options.block_size} tokens, "
+        f"pool of {options.pool_blocks} blocks x {options.block_size} tokens on {options.device}, "
         f"{options.default_blocks} blocks by default",
     )
     return Panel("\n".join(lines), title="aiomm demo", title_align="left", expand=False)

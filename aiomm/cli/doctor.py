@@ -17,7 +17,8 @@ import msgspec
 from rich.console import Console
 
 from .. import __version__
-from ..buffers.arena import HostArena
+from ..buffers.arena import Arena, HostArena
+from ..buffers.cuda import CudaArena
 from ..buffers.layout import ByteRange
 from ..buffers.shm import MemfdArena
 from ..buffers.tensors import TokenRows
@@ -25,6 +26,8 @@ from ..config import ReceiverSettings, SenderSettings, settings_from, variables_
 from ..control.keys import keys_from
 from ..demo.loops import loop_factory
 from ..errors import AiommError
+from ..gpu.choice import gpu_runtime
+from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Place, Plane, Run
 from ..planes.registry import known_planes
 from ..types import Field
@@ -46,6 +49,7 @@ PACKAGES = (
     "mooncake-transfer-engine-non-cuda",
     "mooncake-transfer-engine",
     "mooncake-transfer-engine-cuda13",
+    "cuda-bindings",
 )
 TRIAL_NBYTES = 1 << 20
 TRIAL_SECONDS = 10.0
@@ -56,6 +60,7 @@ async def examine() -> dict[str, Any]:
     planes = {name: await _examine_plane(load) for name, load in sorted(known_planes().items())}
     return {
         "planes": planes,
+        "gpus": await asyncio.to_thread(_gpus),
         "versions": _versions(),
         "loop": loop_factory().__module__.split(".")[0],
         "kernel": _kernel(),
@@ -100,7 +105,7 @@ async def _try(receiving: Plane, sending: Plane) -> None:
     """
     written = os.urandom(TRIAL_NBYTES)
     rows = TokenRows.of("trial", Field("uint8", TRIAL_NBYTES), written)
-    arena = _arena()
+    arena = await asyncio.to_thread(_arena, receiving)
     async with AsyncExitStack() as stack:
         stack.callback(arena.close)
         export = await receiving.export(arena)
@@ -111,15 +116,43 @@ async def _try(receiving: Plane, sending: Plane) -> None:
         remote = await sending.attach(offer)
         stack.push_async_callback(remote.aclose)
         await remote.write(grant, [Run(rows, 0, 1, 0)])
-        if bytes(arena.view(0, TRIAL_NBYTES)) != written:
+        if bytes(arena.read(0, TRIAL_NBYTES)) != written:
             raise ValueError("what was written is not what has arrived")
 
 
-def _arena() -> HostArena:
+def _arena(plane: Plane) -> Arena:
+    if not plane.writes_into("cpu"):
+        return CudaArena(TRIAL_NBYTES, "cuda:0")
     try:
         return MemfdArena(TRIAL_NBYTES)
     except AiommError:
         return HostArena(TRIAL_NBYTES)
+
+
+def _gpus() -> dict[str, Any]:
+    """Return what CUDA says of this machine, or why it says nothing. It is initialised for that."""
+    try:
+        runtime = gpu_runtime()
+        devices = runtime.devices()
+        versions = runtime.versions()
+    except (AiommError, GpuError) as exc:
+        return {"runtime": None, "reason": str(exc), "versions": {}, "devices": []}
+    return {
+        "runtime": runtime.name,
+        "reason": None,
+        "versions": versions,
+        "devices": [
+            {
+                "device": f"cuda:{device.ordinal}",
+                "name": device.name,
+                "uuid": device.uuid.hex(),
+                "total_bytes": device.total_nbytes,
+                "ipc": not device.why_no_ipc,
+                "reason": device.why_no_ipc or None,
+            }
+            for device in devices
+        ],
+    }
 
 
 def _versions() -> dict[str, str | None]:

@@ -21,12 +21,27 @@ def show_findings(findings: Mapping[str, Any], console: Console) -> None:
         why = "; ".join(filter(None, [plane["usable"] and trial, plane["reason"]]))
         planes.add_row(name, usable, escape(why))
     console.print(planes)
+    console.print(_gpus(findings["gpus"]))
     console.print(_facts(findings))
     console.print(_variables(findings["environment"]))
     for problem in findings["problems"]:
         console.print(f"[red]problem:[/red] {escape(problem)}", soft_wrap=True)
     if not findings["problems"]:
         console.print("[green]no problem found[/green]")
+
+
+def _gpus(gpus: Mapping[str, Any]) -> Table:
+    versions = ", ".join(f"{name} {number}" for name, number in gpus["versions"].items())
+    table = Table("device", "IPC", "what", title="GPUs", title_justify="left")
+    if not gpus["devices"]:
+        table.add_row("none", "", escape(gpus["reason"] or "this process sees none"))
+    for device in gpus["devices"]:
+        ipc = "[green]yes[/green]" if device["ipc"] else "[red]no[/red]"
+        what = [device["name"], _size(device["total_bytes"]), f"{gpus['runtime']}: {versions}"]
+        table.add_row(
+            device["device"], ipc, escape(", ".join([*what, *filter(None, [device["reason"]])]))
+        )
+    return table
 
 
 def _facts(findings: Mapping[str, Any]) -> Table:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["difference", "make", "schema_of"]
+__all__ = ["difference", "make", "on_device", "schema_of"]
 
 PERIOD = 1021
 COLUMNS = 32
@@ -48,6 +48,15 @@ def make(number: int, num_tokens: int, hidden: int) -> dict[str, torch.Tensor]:
         "fill_ids": torch.from_numpy(_fill_ids(number, 0, num_tokens)),
         "mrope_positions": torch.from_numpy(_positions(number, 0, num_tokens)),
     }
+
+
+def on_device(tensors: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    """Return the tensors on a device, as far as torch knows it; it does not know a fake one."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return tensors
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def difference(tensors: Mapping[str, Any], number: int, num_tokens: int, hidden: int) -> str | None:
@@ -97,6 +106,6 @@ def _as_bytes(tensor: Any) -> npt.NDArray[np.uint8]:
     if hasattr(tensor, "untyped_storage"):
         import torch
 
-        tensor = tensor.view(len(tensor), -1).view(torch.uint8).numpy()
+        tensor = tensor.view(len(tensor), -1).view(torch.uint8).cpu().numpy()
     array: npt.NDArray[Any] = tensor
     return array.reshape(len(array), -1).view(np.uint8)

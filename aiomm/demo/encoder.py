@@ -34,19 +34,22 @@ class Imaginary:
 
     def __call__(self, number: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the tensors and the metadata of request `number`. Blocks."""
-        return content.make(number, self._options.tokens, self._options.hidden), {}
+        options = self._options
+        tensors = content.make(number, options.tokens, options.hidden)
+        return content.on_device(tensors, options.device), {}
 
 
 class Photographic:
     """A vision tower, run over one photograph. Blocks until the model is built."""
 
-    def __init__(self, photo: Path) -> None:
+    def __init__(self, photo: Path, device: str) -> None:
         from .. import vision
 
         self.schema: Schema = vision.SCHEMA
         self.num_tokens: int | None = None
         self.note = ""
         self._photo = photo
+        self._device = device
         self._vision = vision
         self._model = vision.small_qwen()
 
@@ -54,7 +57,8 @@ class Photographic:
         """Return the tensors of the photograph, and their digest. Blocks."""
         tensors = self._vision.encode(self._model, self._photo)
         self.note = f"{self._photo.name}: {len(tensors['fill_ids'])} tokens"
-        return tensors, {"photo": self._photo.name, "sha256": self._vision.digest(tensors)}
+        metadata = {"photo": self._photo.name, "sha256": self._vision.digest(tensors)}
+        return content.on_device(tensors, self._device), metadata
 
 
 async def encode_all() -> None:
@@ -82,7 +86,11 @@ def _sender(options: Options, schema: Schema) -> Sender:
 
 def _build(options: Options) -> Imaginary | Photographic:
     load_array_library()  # now, and not while the first request is timed
-    return Imaginary(options) if options.image is None else Photographic(Path(options.image))
+    return (
+        Imaginary(options)
+        if options.image is None
+        else Photographic(Path(options.image), options.device)
+    )
 
 
 async def _serve(

@@ -59,6 +59,7 @@ class SmallModel:
         self, number: int, tensors: Mapping[str, Any], metadata: Mapping[str, Any]
     ) -> tuple[str | None, tuple[int, ...]]:
         """Compare the digest of every byte with the sender's, and go on from there. Blocks."""
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         digest = self._vision.digest(tensors)
         if digest != metadata["sha256"]:
             return f"SHA-256 is {digest}, sent was {metadata['sha256']}", ()
@@ -90,6 +91,7 @@ def _receiver(begin: Begin, schema: Schema) -> Receiver:
         schema,
         bind="tcp://127.0.0.1:*" if options.bind == "receiver" else None,
         connect=begin.address or (),
+        device=options.device,
         planes=options.plane,
         control=options.control,
         blocks=options.pool_blocks,

@@ -56,7 +56,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 128
     default_blocks: int = 8
     pool_blocks: int = 64
-    plane: Literal["auto", "shm", "mooncake", "tcp"] = "auto"
+    plane: Literal["auto", "cuda_ipc", "shm", "mooncake", "tcp"] = "auto"
+    device: str = "cpu"
+    """Where the encoder's tensors and the language side's pool lie."""
     control: Literal["auto", "zmq", "aiozmq"] = "auto"
     bind: Literal["receiver", "sender"] = "receiver"
     announce: bool = False

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ..errors import PlaneUnavailable
 from .runtime import GpuError, GpuRuntime, explained
 
-__all__ = ["VARIABLE", "device_ordinal", "gpu_runtime", "is_in_use", "use_runtime"]
+__all__ = ["VARIABLE", "check_device", "device_ordinal", "gpu_runtime", "is_in_use", "use_runtime"]
 
 VARIABLE = "AIOMM_GPU_RUNTIME"
 """`auto`, or the name of one runtime."""
