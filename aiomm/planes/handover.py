@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, NamedTuple, cast
 
 import msgspec
@@ -176,8 +177,12 @@ class Visitor(asyncio.Protocol):
             self.lost.set_result(None)
 
     def say(self, message: bytes) -> None:
-        """Tell it something short."""
-        self._transport.write(message)
+        """Tell it something short, if it still listens.
+
+        Not by the transport: that would throw away what it has said before it left.
+        """
+        with suppress(OSError), self.socket() as connection:
+            connection.send(message)
 
     def abort(self) -> None:
         """Send it away."""

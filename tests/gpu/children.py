@@ -7,7 +7,9 @@ a receiver may read slowly.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -19,7 +21,7 @@ from aiomm.gpu.choice import gpu_runtime
 from aiomm.gpu.fake import FakeArray, FakeRuntime
 from tests import children
 from tests.children import Actor, ReceiverActor, SenderActor, report
-from tests.processes import Child, pattern
+from tests.processes import SCHEMA, Child, pattern
 
 __all__ = ["gpu_child"]
 
@@ -48,6 +50,16 @@ class Gpu(Actor):
         for name, value in faults.items():
             number = value + runtime().faults.num_copies if name.endswith("_at") else value
             setattr(runtime().faults, name, number)
+        threading.Thread(target=self._tell_of_the_stall, daemon=True).start()
+
+    def _tell_of_the_stall(self) -> None:
+        runtime().faults.stalled.wait()
+        report("stalled")
+
+    def do_leftovers(self) -> None:
+        """Report how much of what a process can leak there is."""
+        descriptors = len(os.listdir("/proc/self/fd"))
+        report("leftovers", descriptors=descriptors, threads=threading.active_count())
 
     def do_release_copy(self) -> None:
         """Let the stalled copy go on."""
@@ -86,6 +98,14 @@ class GpuSender(Gpu, SenderActor):
         """Make the late tensors."""
         self.made.set()
 
+    def do_send_once(self, ticket: str) -> None:
+        """Send out of a sender that is made for it, and closed again."""
+        self.background("", self._send_once(ticket))
+
+    async def _send_once(self, ticket: str) -> aiomm.TransferStats:
+        async with aiomm.Sender(SCHEMA) as sender:
+            return await sender.send(ticket, device_pattern(1, 10, 0))
+
 
 class GpuReceiver(Gpu, ReceiverActor):
     """A receiver."""
@@ -106,11 +126,18 @@ class GpuReceiver(Gpu, ReceiverActor):
     async def _read_slowly(self, request_id: str) -> aiomm.Lease:
         lease = await self.endpoint.receive(request_id)
         stream = runtime().make_stream(0)
-        runtime().run(stream, lambda: self.read.wait() and None)
+        runtime().run(stream, self._finish_reading)
         lease.wait_stream(stream)
         lease.release()
         report("released")
         return lease
+
+    def _finish_reading(self) -> None:
+        self.read.wait()
+
+    def do_cancel(self, request_id: str) -> None:
+        """Give a request up."""
+        self.endpoint.cancel(request_id, "told to")
 
     def do_finish_reading(self) -> None:
         """Let the stream end."""
@@ -142,9 +169,16 @@ def device_pattern(seed: int, num_tokens: int, device: int) -> dict[str, FakeArr
     }
 
 
+async def close_and_tell(actor: Gpu) -> None:
+    """Obey, and tell at last what CUDA would not have forgiven; the pool is freed by then."""
+    await children.obey(actor)  # type: ignore[arg-type]
+    gc.collect()
+    report("gone", violations=runtime().violations)
+
+
 async def main(role: str, settings: dict[str, Any]) -> None:
     """Play one role."""
-    await children.obey(GpuSender(settings) if role == "sender" else GpuReceiver(settings))
+    await close_and_tell(GpuSender(settings) if role == "sender" else GpuReceiver(settings))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -182,7 +181,9 @@ async def test_a_block_that_is_still_read_is_given_to_nobody(stack: AsyncExitSta
     await pair.receiver.hear("released")
     for number in range(3):
         await pair.move(f"other {number}", device=0)
-        assert (await pair.blocks())["blocks_leased"] == 8
+    while (leased := (await pair.blocks())["blocks_leased"]) > 8:  # the last one, for a moment
+        pass
+    assert leased == 8
     pair.receiver.tell("finish_reading")
     await pair.freed()
     await pair.unharmed()
@@ -196,7 +197,7 @@ async def test_a_sender_is_killed_in_the_middle_of_a_copy(stack: AsyncExitStack)
     await pair.move("first", device=0)
     pair.sender.tell("faults", stall_at=1)
     await pair.begin("broken", device=0)
-    await asyncio.sleep(0.1)
+    await pair.sender.hear("stalled")
     at = pair.sender.kill()
     ended = await pair.receiver.hear("ended", request_id="broken")
     assert (ended["error"], ended["at"] - at < 1) == ("PeerLost", True)
@@ -211,10 +212,98 @@ async def test_a_receiver_is_killed_in_the_middle_of_a_copy(stack: AsyncExitStac
     await pair.move("first", device=0)
     pair.sender.tell("faults", stall_at=1)
     await pair.begin("broken", device=0)
-    await asyncio.sleep(0.1)
+    await pair.sender.hear("stalled")
     pair.receiver.kill()
     assert (await pair.sender.hear("ended", request_id="broken"))["error"] == "PeerLost"
     pair.sender.tell("release_copy")
     other = Pair(pair.sender, await receiver_in(stack))
     await other.move("next", device=0)
     await other.unharmed()
+
+
+async def test_a_request_is_given_up_in_the_middle_of_a_copy(stack: AsyncExitStack) -> None:
+    """Its blocks are in quarantine until the copy has ended, and others are served meanwhile."""
+    pair = await pair_in(stack)
+    await pair.move("first", device=0)
+    pair.sender.tell("faults", stall_at=1)
+    await pair.begin("given up", device=0)
+    await pair.sender.hear("stalled")
+    pair.receiver.tell("cancel", request_id="given up")
+    assert (await pair.sender.hear("ended", request_id="given up"))["error"] == "Cancelled"
+    assert (await pair.blocks())["blocks_quarantined"] == 8
+    await pair.move("in between", device=0)
+    assert (await pair.blocks())["blocks_quarantined"] == 8
+    pair.sender.tell("release_copy")
+    await pair.freed()
+    await pair.unharmed()
+
+
+async def test_a_stopped_sender_keeps_its_blocks_in_quarantine(stack: AsyncExitStack) -> None:
+    """It may go on at any time; when it is dead they are free."""
+    pair = await pair_in(stack, peer_timeout=1.0)
+    await pair.move("first", device=0)
+    pair.sender.tell("faults", stall_at=1)
+    await pair.begin("broken", device=0)
+    await pair.sender.hear("stalled")
+    pair.sender.stop()
+    assert (await pair.receiver.hear("ended", request_id="broken"))["error"] == "PeerLost"
+    assert (await pair.blocks())["blocks_quarantined"] == 8
+    pair.sender.kill()
+    await pair.freed()
+
+
+# Lifetime of the pool.
+
+
+async def test_senders_close_the_pool_before_it_is_freed(stack: AsyncExitStack) -> None:
+    """The receiver asks, and waits; a fake GPU does not forgive freeing what is open."""
+    pair = await pair_in(stack)
+    second = Pair(await stack.enter_async_context(gpu_child("sender")), pair.receiver)
+    await pair.move("one", device=0)
+    await second.move("two", device=1)
+    pair.receiver.tell("close")
+    closed = await pair.receiver.hear("gone")
+    assert closed["violations"] == []
+    assert await pair.receiver.wait() == 0
+    other = Pair(pair.sender, await receiver_in(stack))
+    await other.move("three", device=0)
+    await other.unharmed()
+
+
+async def test_a_pool_that_a_sender_does_not_close_is_not_freed(stack: AsyncExitStack) -> None:
+    """Freeing it under a writer is undefined: it is leaked instead, with a warning."""
+    pair = await pair_in(stack)
+    await pair.move("one", device=0)
+    pair.sender.stop()
+    pair.receiver.tell("close")
+    closed = await pair.receiver.hear("gone")
+    assert closed["violations"] == []
+    assert "has not closed the pool, which is not freed" in pair.receiver.stderr.decode()
+
+
+async def test_many_senders_come_and_go(stack: AsyncExitStack) -> None:
+    """Nothing of them is left in the receiver: no descriptor, no thread, no importer."""
+    pair = await pair_in(stack)
+    await pair.move("first", device=0)
+    before = await pair.receiver.ask("leftovers", "leftovers")
+    for number in range(200):
+        ticket = (await pair.receiver.ask("expect", "ticket", request_id=f"n{number}"))["ticket"]
+        report = await pair.sender.ask("send_once", "ended", ticket=ticket)
+        assert (report["error"], report["plane"]) == (None, "cuda_ipc"), report
+        assert (await pair.receiver.hear("ended", request_id=f"n{number}"))["is_right"]
+    after = await pair.receiver.ask("leftovers", "leftovers")
+    assert after["descriptors"] <= before["descriptors"] + 4
+    assert after["threads"] <= before["threads"] + 1
+    await pair.unharmed()
+
+
+async def test_a_sender_that_does_not_use_cuda_stays_away_from_it(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors go through memory of the host, and it says why."""
+    receiver = await receiver_in(stack)
+    monkeypatch.delenv("AIOMM_GPU_RUNTIME")
+    pair = Pair(await stack.enter_async_context(gpu_child("sender")), receiver)
+    sent, received = await pair.move("one")
+    assert (sent["plane"], received["plane"]) == ("shm", "shm")
+    assert sent["refused"] == ["cuda_ipc: CUDA is not in use in this process"]
