@@ -6,7 +6,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-EXTRAS := uvloop,aiozmq,checksum,cli,vision,mooncake
+EXTRAS := uvloop,aiozmq,checksum,cli,vision,mooncake,cuda
 SYSTEM := libibverbs1 libnuma1 libcurl4
 PHOTO  ?= $(VENV)/lib/python3.*/site-packages/matplotlib/mpl-data/sample_data/grace_hopper.jpg
 PYTEST ?= $(BIN)/python -m pytest -n 3 --dist worksteal
