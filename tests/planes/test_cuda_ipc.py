@@ -19,6 +19,10 @@ from aiomm.gpu.choice import use_runtime
 from aiomm.gpu.fake import FakeArray, FakeRuntime
 from aiomm.planes.base import Plane, Run
 from aiomm.planes.cuda_ipc import CudaIpcPlane
+from aiomm.planes.memory import MemoryPlane
+from aiomm.planes.mooncake import MooncakePlane
+from aiomm.planes.shm import ShmPlane
+from aiomm.planes.tcp import TcpPlane
 from aiomm.types import Field
 
 from . import contract
@@ -147,6 +151,15 @@ async def test_the_plane_needs_a_pool_on_a_gpu(fake: FakeRuntime) -> None:
     with pytest.raises(PlaneUnavailable, match="writes into a GPU's memory, not cpu"):
         await CudaIpcPlane().export(HostArena(4096))
     assert not CudaIpcPlane().writes_into("cpu")
+
+
+@pytest.mark.parametrize("plane", [MemoryPlane(), ShmPlane(), TcpPlane(), MooncakePlane()])
+async def test_planes_of_the_host_need_a_pool_there(plane: Plane, fake: FakeRuntime) -> None:
+    arena = CudaArena(4096, "cuda:0")
+    assert not plane.writes_into(arena.device)
+    with pytest.raises(PlaneUnavailable):
+        await plane.export(arena)
+    arena.close()
 
 
 def test_a_process_that_does_not_use_cuda_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
