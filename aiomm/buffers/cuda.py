@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from contextlib import suppress
 
 from ..errors import PoolClosed, Rejected
 from ..gpu.choice import check_device, device_ordinal, gpu_runtime
 from ..gpu.memory import DeviceMemory
+from ..gpu.pinning import Pin
 from ..gpu.runtime import Copy, GpuError, explained
 from ..types import Extent, Field, Schema
 from .arena import Arena, HostArena
@@ -16,8 +15,6 @@ from .arrays import Array, address_of, array_of_bytes
 from .layout import ByteRange, Layout
 
 __all__ = ["CudaArena", "DeviceJoinedTensors"]
-
-logger = logging.getLogger("aiomm.gpu")
 
 
 class CudaArena(Arena):
@@ -86,17 +83,9 @@ class CudaArena(Arena):
         except GpuError as exc:
             raise explained(self.ordinal, exc) from exc
 
-    def pin(self, source: HostArena) -> None:
-        """Make copies out of an arena on the host faster; if CUDA refuses they work as well."""
-        try:
-            self.runtime.pin(self.ordinal, address_of(source.view(0, 1)), source.nbytes)
-        except GpuError as exc:
-            logger.warning("! %s: memory of the host is not pinned: %s", self.device, exc)
-
-    def unpin(self, source: HostArena) -> None:
-        """Take back :meth:`pin`, before `source` is closed."""
-        with suppress(GpuError):  # it was not pinned, or the device is lost
-            self.runtime.unpin(self.ordinal, address_of(source.view(0, 1)))
+    def pin(self, source: HostArena) -> Pin:
+        """Make copies out of an arena of the host faster. Blocks."""
+        return Pin(self.runtime, self.ordinal, source.view(0, source.nbytes))
 
     def close(self) -> None:
         """Free the memory as soon as nobody refers to it. Idempotent."""

@@ -169,7 +169,7 @@ class FakeArray:
     """An array in a fake device's memory, as cupy's are seen from outside.
 
     Args:
-        runtime: whose memory.
+        runtime: whose memory; it must be memory of the host in truth, as the fake's is.
         device: on which device.
         content: what it holds.
         dtype: the torch name of the dtype.
@@ -179,7 +179,7 @@ class FakeArray:
 
     def __init__(
         self,
-        runtime: FakeRuntime,
+        runtime: GpuRuntime,
         device: int,
         content: bytes,
         dtype: str,

@@ -20,6 +20,7 @@ from msgspec import Meta
 from ..buffers.arena import Arena
 from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
+from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
 from .copying import Copies, CopyThread, check_runs
 from .handover import Desk, Invitation, redeem
@@ -108,6 +109,8 @@ class _ShmArena(RemoteArena):
         self._memory = memory
         self._connection = connection
         self._copies = copies
+        self._pin: Pin | None = None
+        """Made when the first tensor of a GPU comes."""
         self.ended = asyncio.Event()
         """Set when nothing can be written any more."""
         self._why = ""
@@ -130,13 +133,18 @@ class _ShmArena(RemoteArena):
         await self._copies.drain()
         # Unmapping takes 0.1 ms per MiB: on the thread, where it holds nobody up.
         if self._memory:
-            mapping = [self._memory]
-            self._memory = memoryview(b"")
+            mapping, pin = [self._memory], self._pin
+            self._memory, self._pin = memoryview(b""), None
+            if pin is not None:
+                await self._copies.run(pin.release)
             await self._copies.run(mapping.clear)
         await self._copies.aclose()
 
     def _copy(self, runs: Sequence[Run]) -> None:
         for run in runs:
+            on_device = run.rows.on_device
+            if on_device is not None and self._pin is None:
+                self._pin = Pin(on_device.runtime, on_device.device, self._memory)
             target = self._memory[run.offset : run.offset + run.nbytes]
             run.rows.copy_into(target, run.first, run.count)
 

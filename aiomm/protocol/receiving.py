@@ -29,6 +29,7 @@ from .commands import (
     ReserveRest,
     SendFrame,
     Unreserve,
+    Verify,
 )
 from .endpoint import Endpoint
 from .frames import Frame, Hello, PlaneOffer
@@ -68,6 +69,7 @@ _FEEDS_BACK = (
     Unreserve,
     Quarantine,
     Release,
+    Verify,
     MoveOut,
     Join,
     Deliver,
