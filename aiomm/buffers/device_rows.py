@@ -10,10 +10,38 @@ from ..gpu.choice import gpu_runtime
 from ..gpu.lanes import Mark, lanes_of
 from ..gpu.runtime import GpuError, GpuRuntime, explained
 
-__all__ = ["DeviceRows", "stream_of"]
+__all__ = ["DeviceRows", "Producers", "stream_of"]
 
 LEGACY_STREAM = 1
 """How `__cuda_array_interface__` names the default stream, which is 0 for everybody else."""
+
+
+class Producers:
+    """The streams that make the tensors of one transfer, and how far each has to come.
+
+    Args:
+        stream: that makes all of them; None for the current one of each device.
+    """
+
+    def __init__(self, stream: int | None = None) -> None:
+        self._stream = stream
+        self._marks: dict[tuple[int, int], Mark] = {}
+
+    def mark(self, runtime: GpuRuntime, device: int, own: int | None) -> Mark:
+        """Return how far the stream has to come that makes a tensor on `device`.
+
+        Args:
+            runtime: of this process.
+            device: the tensor's.
+            own: the stream that the tensor itself names, if it does.
+        """
+        stream = own if self._stream is None else self._stream
+        if stream is None:
+            stream = runtime.current_stream(device)
+        mark = self._marks.get((device, stream))
+        if mark is None:
+            mark = self._marks[device, stream] = Mark(runtime, device, stream)
+        return mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +56,10 @@ class DeviceRows:
     """Over when the stream that makes the tensor has made it."""
 
     @classmethod
-    def at(cls, address: int, row_nbytes: int, stream: int | None) -> DeviceRows:
-        """Return the rows at `address`, which `stream` (by default the current one) makes.
+    def at(
+        cls, address: int, row_nbytes: int, producers: Producers, own: int | None = None
+    ) -> DeviceRows:
+        """Return the rows at `address`, which one of `producers` makes, or their own stream.
 
         Raises:
             PlaneUnavailable: there is no CUDA here, or it has failed.
@@ -40,8 +70,8 @@ class DeviceRows:
             device = runtime.device_at(address)
             if device is None:
                 raise IncompatibleSchema(f"there is no memory of a GPU at {address:#x}")
-            used = runtime.current_stream(device) if stream is None else stream
-            return cls(runtime, device, address, row_nbytes, Mark(runtime, device, used))
+            ready = producers.mark(runtime, device, own)
+            return cls(runtime, device, address, row_nbytes, ready)
         except GpuError as exc:
             raise explained(0, exc) from exc
 

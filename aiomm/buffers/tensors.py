@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import IncompatibleSchema
 from ..types import Field, Schema
 from .arrays import address_of, copy_bytes, load_array_library, loaded_instance
-from .device_rows import LEGACY_STREAM, DeviceRows
+from .device_rows import LEGACY_STREAM, DeviceRows, Producers
 from .received import JoinedTensors, PoolTensors
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ class TokenRows:
         self._source = source
 
     @classmethod
-    def of(cls, name: str, field: Field, tensor: object, *, stream: int | None = None) -> TokenRows:
+    def of(
+        cls, name: str, field: Field, tensor: object, *, producers: Producers | None = None
+    ) -> TokenRows:
         """Check `tensor` against `field`; copy nothing but strided rows of a GPU.
 
         Args:
@@ -85,16 +87,17 @@ class TokenRows:
             tensor: of shape `[num_tokens, *field.shape]`: a torch tensor, a numpy array,
                 anything with DLPack or `__cuda_array_interface__`, or bytes that are a whole
                 number of rows.
-            stream: of CUDA, which makes a tensor on a GPU; by default the current one.
+            producers: the streams that make tensors on a GPU; by default the current ones.
 
         Raises:
             IncompatibleSchema: it is none of these, or its dtype or shape is another.
             PlaneUnavailable: it is on a GPU, and CUDA fails.
         """
+        producers = producers or Producers()
         if loaded_instance(tensor, "torch", "Tensor"):
-            source = _torch_source(name, field, tensor, stream)  # type: ignore[arg-type]
+            source = _torch_source(name, field, tensor, producers)  # type: ignore[arg-type]
         elif hasattr(tensor, "__cuda_array_interface__"):
-            source = _cuda_source(name, field, tensor, stream)
+            source = _cuda_source(name, field, tensor, producers)
         elif loaded_instance(tensor, "numpy", "ndarray"):
             source = _numpy_source(name, field, tensor)  # type: ignore[arg-type]
         elif hasattr(tensor, "__dlpack__"):
@@ -182,8 +185,9 @@ def rows_of(
         raise IncompatibleSchema(
             f"the tensors must be those of {schema}; missing {missing}, unknown {unknown}"
         )
+    producers = Producers(stream)
     rows = {
-        name: TokenRows.of(name, field, tensors[name], stream=stream)
+        name: TokenRows.of(name, field, tensors[name], producers=producers)
         for name, field in schema.items()
     }
     first, *others = rows.values()
@@ -223,9 +227,7 @@ def _check(name: str, field: Field, dtype: str, shape: Sequence[int]) -> None:
 # library can copy between any strides, and which keeps every bit.
 
 
-def _torch_source(
-    name: str, field: Field, tensor: torch.Tensor, stream: int | None = None
-) -> _Source:
+def _torch_source(name: str, field: Field, tensor: torch.Tensor, producers: Producers) -> _Source:
     import torch
 
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
@@ -237,7 +239,7 @@ def _torch_source(
     if rows.is_cpu and rows.is_contiguous():
         return _dense_torch_source(name, field, rows)
     if rows.is_cuda:
-        return _torch_cuda_source(field, rows, stream)
+        return _torch_cuda_source(field, rows, producers)
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     rows, size = rows.detach(), rows.element_size()
     rows = rows.view(integers[size]) if size in integers else rows
@@ -265,14 +267,16 @@ def _dense_torch_source(name: str, field: Field, rows: torch.Tensor) -> _Source:
     return _Source(num_tokens, memoryview(memory).cast("B"), address, None)
 
 
-def _torch_cuda_source(field: Field, tensor: torch.Tensor, stream: int | None) -> _Source:
+def _torch_cuda_source(field: Field, tensor: torch.Tensor, producers: Producers) -> _Source:
     """Strided rows are made dense on the current stream of torch, by one more copy."""
     rows = tensor.detach().contiguous()
-    on_device = DeviceRows.at(rows.data_ptr(), field.row_nbytes, stream) if rows.numel() else None
+    on_device = None
+    if rows.numel():
+        on_device = DeviceRows.at(rows.data_ptr(), field.row_nbytes, producers)
     return _device_source(len(rows), rows, str(rows.device), on_device)
 
 
-def _cuda_source(name: str, field: Field, array: Any, stream: int | None) -> _Source:
+def _cuda_source(name: str, field: Field, array: Any, producers: Producers) -> _Source:
     """Take an array of cupy, or of whoever else says in this way where it lies on a GPU."""
     interface = array.__cuda_array_interface__
     shape, dtype = interface["shape"], getattr(array.dtype, "name", str(array.dtype))
@@ -280,11 +284,11 @@ def _cuda_source(name: str, field: Field, array: Any, stream: int | None) -> _So
     if interface.get("strides") is not None:
         raise IncompatibleSchema(f"field {name!r} is strided on its GPU: make it contiguous")
     own = interface.get("stream")
-    if stream is None and own is not None:
-        stream = 0 if own == LEGACY_STREAM else own
     on_device = None
     if all(shape):
-        on_device = DeviceRows.at(interface["data"][0], field.row_nbytes, stream)
+        address = interface["data"][0]
+        stream = 0 if own == LEGACY_STREAM else own
+        on_device = DeviceRows.at(address, field.row_nbytes, producers, stream)
     device = "cpu" if on_device is None else f"cuda:{on_device.device}"
     return _device_source(shape[0], array, device, on_device)
 

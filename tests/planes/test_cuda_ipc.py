@@ -12,6 +12,7 @@ import torch
 
 from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.cuda import CudaArena
+from aiomm.buffers.device_rows import Producers
 from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
@@ -113,7 +114,7 @@ async def test_a_write_waits_for_whoever_makes_the_tensor(link: Link, fake: Fake
     may_finish = threading.Event()
     fake.run(producer, lambda: assert_set(may_finish))
     fake.run(producer, lambda: array.fill(bytes_of(tensor)))
-    rows = TokenRows.of("rows", Field("uint8", 64), array, stream=producer)
+    rows = TokenRows.of("rows", Field("uint8", 64), array, producers=Producers(producer))
     write = asyncio.ensure_future(link.write([Run(rows, 0, 10, 0)]))
     write.add_done_callback(lambda _: made.set())
     other = random_rows(4, 16)

@@ -49,14 +49,14 @@ def names(planes: list[Plane]) -> list[str]:
 
 
 def test_auto_is_the_order_of_preference() -> None:
-    assert names(make_planes("auto")) == ["shm", "mooncake", "tcp"]
-    assert names(make_planes()) == ["shm", "mooncake", "tcp"]
+    assert names(make_planes("auto")) == ["cuda_ipc", "shm", "mooncake", "tcp"]
+    assert names(make_planes()) == ["cuda_ipc", "shm", "mooncake", "tcp"]
 
 
 def test_the_built_in_planes_need_no_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "entry_points", lambda group: ())
-    assert set(known_planes()) == {"shm", "mooncake", "tcp", "memory"}
-    assert names(make_planes("auto")) == ["shm", "mooncake", "tcp"]
+    assert set(known_planes()) == {"cuda_ipc", "shm", "mooncake", "tcp", "memory"}
+    assert names(make_planes("auto")) == ["cuda_ipc", "shm", "mooncake", "tcp"]
 
 
 def test_names_and_planes_keep_their_order() -> None:
@@ -77,7 +77,7 @@ def test_an_unknown_name_tells_the_known_ones() -> None:
 @pytest.mark.usefixtures("outsider")
 def test_an_outsider_can_add_a_plane() -> None:
     assert names(make_planes("outsider")) == ["outsider"]
-    assert names(make_planes("auto")) == ["shm", "mooncake", "tcp"]
+    assert names(make_planes("auto")) == ["cuda_ipc", "shm", "mooncake", "tcp"]
 
 
 @pytest.mark.usefixtures("outsider")
