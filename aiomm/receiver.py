@@ -65,6 +65,7 @@ class Lease(Mapping[str, Array]):
         self._is_released = False
         self._streams: list[int] = []
         """Of CUDA, which read the tensors."""
+        self._pool = driver.tensors
         self._joined = None if delivery.joined is None else delivery.joined.tensors()
         self.request_id = transfer.id.request_id
         self.num_tokens = transfer.transferred_tokens
@@ -85,7 +86,7 @@ class Lease(Mapping[str, Array]):
             )
         if self._joined is not None:
             return self._joined[name]
-        return self._driver.tensors.view(name, self._delivery.extent)
+        return self._pool.view(name, self._delivery.extent)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._driver.schema)

@@ -212,7 +212,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         if self.staging is not None:
             self.staging.close()
         if arena is not None:
-            arena.close()
+            self.__dict__.pop("tensors", None)  # what leases still hold stays, and nothing else
+            await self.loop.run_in_executor(None, arena.close)
 
     def abandon(self, failure: Failure) -> None:
         """Fail every request that is not done, and take no new one."""

@@ -40,6 +40,7 @@ DEVICES_VARIABLE = "AIOMM_FAKE_GPUS"
 TOTAL_NBYTES = 8 << 30
 INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED = 1, 2, 3
 INVALID_CONTEXT, ALREADY_MAPPED, ILLEGAL_ADDRESS = 201, 208, 700
+ALREADY_PINNED, NOT_PINNED = 712, 713
 
 _HANDLE = struct.Struct(f"8siiq{UUID_NBYTES}s16s8x")
 _MAGIC = b"fakegpu\x01"
@@ -241,6 +242,8 @@ class FakeRuntime(GpuRuntime):
         """Bytes copied so far, by way: `HtoD`, `DtoH`, `DtoD` and `PtoP` between two devices."""
         self.violations: list[str] = []
         """Whatever CUDA would not have forgiven."""
+        self.pinned: dict[int, int] = {}
+        """Bytes of the host's memory that is pinned, by address."""
         self._numbers = _numbers() if devices is None else list(devices)
         self._process = os.getpid()
         self._memory: dict[int, _Memory] = {}
@@ -412,12 +415,18 @@ class FakeRuntime(GpuRuntime):
         self._stream(stream).give(lambda: self._copy(number, copies))
 
     def pin(self, device: int, address: int, nbytes: int) -> None:
-        """Do nothing: all memory of the host is reached here."""
+        """Note that this memory is pinned; it makes no difference here."""
         self._check("cuMemHostRegister", device)
+        if address in self.pinned:
+            raise GpuError("cuMemHostRegister", ALREADY_PINNED, "already registered")
+        self.pinned[address] = nbytes
 
     def unpin(self, device: int, address: int) -> None:
-        """Do nothing."""
+        """Note that it is not any more."""
         self._check("cuMemHostUnregister", device, sticky=False)
+        if self.pinned.pop(address, None) is None:
+            self._violated("memory was unpinned that is not pinned")
+            raise GpuError("cuMemHostUnregister", NOT_PINNED, "not registered")
 
     def flat_array(self, device: int, address: int, nbytes: int, owner: object) -> object:
         """Return a tensor of torch, on the CPU, over the device's memory; or numpy's array."""

@@ -203,11 +203,17 @@ class Lanes:
             while self._line:
                 loop, turn = self._line.popleft()
                 try:
-                    loop.call_soon_threadsafe(turn.set_result, lane)
+                    loop.call_soon_threadsafe(self._pass_on, turn, lane)
                 except RuntimeError:
                     continue  # that loop was closed in the meantime
                 return
             self._free.append(lane)
+
+    def _pass_on(self, turn: asyncio.Future[int], lane: int) -> None:
+        if turn.done():  # who waited was cancelled
+            self._give(lane)
+        else:
+            turn.set_result(lane)
 
 
 _lanes: dict[tuple[GpuRuntime, int], Lanes] = {}

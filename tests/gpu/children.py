@@ -173,7 +173,7 @@ async def close_and_tell(actor: Gpu) -> None:
     """Obey, and tell at last what CUDA would not have forgiven; the pool is freed by then."""
     await children.obey(actor)  # type: ignore[arg-type]
     gc.collect()
-    report("gone", violations=runtime().violations)
+    report("gone", violations=runtime().violations, num_pinned=len(runtime().pinned))
 
 
 async def main(role: str, settings: dict[str, Any]) -> None:
