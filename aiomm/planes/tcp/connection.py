@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import socket
 import struct
 from collections import deque
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from ...errors import PlaneUnavailable
 from ..base import GrantKey, Run
 from ..copying import Copies
+from .packing import Packing, part_of, pieces_of
 from .wire import ANSWER, Answer, Status, encode_header, parse_answers
 
 __all__ = ["DataConnection", "Write"]
@@ -21,9 +21,6 @@ MAX_SEND_NBYTES = 1 << 20
 hundred. With 256 KiB a transfer of 8 MiB and more takes a third longer, with 4 MiB no less."""
 MAX_BUFFERS = 512
 """Buffers of one `sendmsg`; Linux takes up to 1024."""
-PACK_NBYTES = 1 << 20
-"""Rows that are not dense are packed before they are sent, at most so many bytes at a time."""
-PACK_INLINE_NBYTES = 1 << 17
 ABORT = struct.pack("ii", 1, 0)
 """For SO_LINGER: what the kernel has not sent yet is thrown away."""
 
@@ -57,7 +54,7 @@ class Write:
         for index, run in enumerate(self.runs):
             if landed < run.nbytes:
                 rows, skipped = divmod(landed, run.rows.row_nbytes)
-                return [_part(run, rows, run.count - rows), *self.runs[index + 1 :]], skipped
+                return [part_of(run, rows, run.count - rows), *self.runs[index + 1 :]], skipped
             landed -= run.nbytes
         return [], 0
 
@@ -76,7 +73,7 @@ class DataConnection:
         """Done when nothing is left of `_outgoing`."""
         self.error: OSError | PlaneUnavailable | None = None
         """Why nothing can be written any more; an OSError does not hold for the next one."""
-        self._packed: memoryview | None = None
+        self.packing = Packing()
         self._loop.add_reader(connection.fileno(), self._hear)
 
     @property
@@ -163,23 +160,17 @@ class DataConnection:
                 buffers.append(dense[skipped:])
                 skipped = 0
                 continue
-            packed = self._room_for(run)
-            for piece in _pieces(run, len(packed)):
+            packed = await self.packing.room_for(run, copies)
+            for piece in pieces_of(run, len(packed)):
                 if used + piece.nbytes > len(packed):
                     await self._send(buffers)
                     buffers, used = [], 0
                 target = packed[used : used + piece.nbytes]
-                await _pack(piece, target, copies)
+                await self.packing.pack(piece, target, copies)
                 buffers.append(target[skipped:])
                 used += piece.nbytes
                 skipped = 0
         await self._send(buffers)
-
-    def _room_for(self, run: Run) -> memoryview:
-        nbytes = max(PACK_NBYTES, run.rows.row_nbytes)
-        if self._packed is None or len(self._packed) < nbytes:
-            self._packed = memoryview(bytearray(nbytes))
-        return self._packed
 
     async def _send(self, buffers: list[memoryview]) -> None:
         """Send every byte of `buffers`.
@@ -212,26 +203,6 @@ class DataConnection:
         _drop(self._outgoing, sent)
         if not self._outgoing and self._sent is not None:
             _wake(self._sent)
-
-
-def _part(run: Run, done: int, count: int) -> Run:
-    """Return `count` rows of `run` behind the first `done`."""
-    return Run(run.rows, run.first + done, count, run.offset + done * run.rows.row_nbytes)
-
-
-def _pieces(run: Run, max_nbytes: int) -> Iterator[Run]:
-    """Cut `run` into runs of at most `max_nbytes`."""
-    step = max(1, max_nbytes // run.rows.row_nbytes)
-    for done in range(0, run.count, step):
-        yield _part(run, done, min(step, run.count - done))
-
-
-async def _pack(run: Run, target: memoryview, copies: Copies) -> None:
-    copy = functools.partial(run.rows.copy_into, target, run.first, run.count)
-    if run.nbytes <= PACK_INLINE_NBYTES and run.rows.device == "cpu":
-        copy()
-    else:
-        await copies.run(copy)
 
 
 def _bounded(buffers: Sequence[memoryview]) -> Iterator[memoryview]:

@@ -102,6 +102,7 @@ class TcpArena(RemoteArena):
         if self._reconnecting is not None:
             self._reconnecting.cancel()
             await asyncio.wait([self._reconnecting])
+        await self._connection.packing.aclose(self._copies)
         await self._copies.aclose()
 
     async def _carry(self, write: Write) -> None:
@@ -149,8 +150,9 @@ class TcpArena(RemoteArena):
             except OSError as exc:
                 error = exc
                 continue
-            self._connection = DataConnection(welcome.connection)
+            broken, self._connection = self._connection, DataConnection(welcome.connection)
             self._resume(welcome)
+            await broken.packing.aclose(self._copies)
             return self._connection
 
     def _pause(self, error: Exception | None) -> float:
