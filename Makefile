@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
 	echo $$python && break; done)
 
-.PHONY: setup system demo test check bench clean
+.PHONY: setup system demo test check bench gpu gpu-wheels clean
 
 setup: $(READY)
 
@@ -61,6 +61,28 @@ bench: setup
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.two_hosts
 	$(BIN)/python -m benchmarks.strangers
+
+# On a machine with an NVIDIA GPU, with or without network and .venv: the first Python here that
+# has a torch for CUDA, or the one that is named (make gpu GPU_PYTHON=python3.12). With GPU_OPTIONS
+# it can be told to do less: make gpu GPU_OPTIONS='--quick --only handles,bytes'.
+GPU_PYTHON ?= $(shell for python in $(BIN)/python python3; do \
+	$$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && \
+	echo $$python && break; done)
+GPU_OPTIONS ?= --save benchmarks/results/gpu.json
+
+gpu:
+	@python="$(GPU_PYTHON)"; test -n "$$python" || \
+		{ test -x $(BIN)/python && python=$(BIN)/python || python=python3; }; \
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $$python -m benchmarks.gpu $(GPU_OPTIONS)
+
+# What that needs beyond torch and cuda-bindings or cupy, for a machine without network: carry the
+# folder .wheels there.
+WHEELS_PYTHON ?= 3.12
+
+gpu-wheels: setup
+	rm -rf .wheels
+	$(BIN)/python -m pip install --quiet --no-deps --only-binary=:all: --constraint constraints.txt \
+		--python-version $(WHEELS_PYTHON) --target .wheels/site msgspec pyzmq
 
 clean:
 	rm -rf $(VENV) build dist htmlcov .coverage* .hypothesis .import_linter_cache .mypy_cache \

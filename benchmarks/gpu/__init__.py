@@ -1,0 +1,1 @@
+"""What only real GPUs can show of GPU pools: see :mod:`.__main__`."""
