@@ -91,8 +91,10 @@ def array_of_bytes(flat: Any, field: Field, num_tokens: int) -> Array:
     library = importlib.import_module(type(flat).__module__.partition(".")[0])
     shape = (num_tokens, *field.shape)
     try:
-        return flat.view(getattr(library, field.dtype)).reshape(shape)  # type: ignore[no-any-return]
-    except AttributeError as exc:
+        is_torch = library.__name__ == "torch"
+        dtype = getattr(library, field.dtype) if is_torch else library.dtype(field.dtype)
+        return flat.view(dtype).reshape(shape)  # type: ignore[no-any-return]
+    except (AttributeError, TypeError) as exc:
         raise ImportError(f"{library.__name__} has no {field.dtype}: install torch") from exc
 
 

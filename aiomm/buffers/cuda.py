@@ -146,6 +146,8 @@ class DeviceJoinedTensors:
     def tensors(self) -> dict[str, Array]:
         """Return the tokens that are here as tensors `[num_tokens, *shape]`, sharing the memory.
 
+        Not before the first :meth:`append`, which may be of no tokens.
+
         Raises:
             ImportError: no installed library has the dtype of a field.
         """

@@ -43,6 +43,22 @@ class Producers:
             mark = self._marks[device, stream] = Mark(runtime, device, stream)
         return mark
 
+    def lead(self, address: int) -> None:
+        """Let the current stream go on only when they have made the tensor at `address`.
+
+        Raises:
+            PlaneUnavailable: there is no CUDA here, or it has failed.
+        """
+        runtime, device = gpu_runtime(), None
+        try:
+            device = runtime.device_at(address)
+            if device is not None and self._stream is not None:
+                current = runtime.current_stream(device)
+                if current != self._stream:
+                    self.mark(runtime, device, None).delay(current)
+        except GpuError as exc:
+            raise explained(device or 0, exc) from exc
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceRows:
@@ -65,7 +81,7 @@ class DeviceRows:
             PlaneUnavailable: there is no CUDA here, or it has failed.
             IncompatibleSchema: no GPU has such an address.
         """
-        runtime = gpu_runtime()
+        runtime, device = gpu_runtime(), None
         try:
             device = runtime.device_at(address)
             if device is None:
@@ -73,7 +89,7 @@ class DeviceRows:
             ready = producers.mark(runtime, device, own)
             return cls(runtime, device, address, row_nbytes, ready)
         except GpuError as exc:
-            raise explained(0, exc) from exc
+            raise explained(device or 0, exc) from exc
 
     def copy_into(self, target: memoryview, first: int, count: int) -> None:
         """Copy rows to the host, once they are ready. Blocks.

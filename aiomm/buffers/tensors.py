@@ -269,7 +269,10 @@ def _dense_torch_source(name: str, field: Field, rows: torch.Tensor) -> _Source:
 
 def _torch_cuda_source(field: Field, tensor: torch.Tensor, producers: Producers) -> _Source:
     """Strided rows are made dense on the current stream of torch, by one more copy."""
-    rows = tensor.detach().contiguous()
+    rows = tensor.detach()
+    if not rows.is_contiguous():
+        producers.lead(rows.data_ptr())
+        rows, producers = rows.contiguous(), Producers()
     on_device = None
     if rows.numel():
         on_device = DeviceRows.at(rows.data_ptr(), field.row_nbytes, producers)
@@ -279,7 +282,7 @@ def _torch_cuda_source(field: Field, tensor: torch.Tensor, producers: Producers)
 def _cuda_source(name: str, field: Field, array: Any, producers: Producers) -> _Source:
     """Take an array of cupy, or of whoever else says in this way where it lies on a GPU."""
     interface = array.__cuda_array_interface__
-    shape, dtype = interface["shape"], getattr(array.dtype, "name", str(array.dtype))
+    shape, dtype = interface["shape"], _dtype_name(array, interface["typestr"])
     _check(name, field, dtype, shape)
     if interface.get("strides") is not None:
         raise IncompatibleSchema(f"field {name!r} is strided on its GPU: make it contiguous")
@@ -291,6 +294,21 @@ def _cuda_source(name: str, field: Field, array: Any, producers: Producers) -> _
         on_device = DeviceRows.at(address, field.row_nbytes, producers, stream)
     device = "cpu" if on_device is None else f"cuda:{on_device.device}"
     return _device_source(shape[0], array, device, on_device)
+
+
+def _dtype_name(array: Any, typestr: str) -> str:
+    """Return the torch name of an array's dtype; it may have none but the interface's."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is not None:
+        return getattr(dtype, "name", str(dtype))
+    kind, size = typestr[1:2], typestr[2:]
+    if kind == "b":
+        return "bool"
+    return f"{_KINDS.get(kind, kind)}{int(size) * 8}"
+
+
+_KINDS = {"i": "int", "u": "uint", "f": "float", "c": "complex"}
+"""How numpy abbreviates them."""
 
 
 def _device_source(

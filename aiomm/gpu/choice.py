@@ -51,10 +51,11 @@ def use_runtime(runtime: GpuRuntime | None) -> None:
 
 def is_in_use() -> bool:
     """Whether this process has initialised CUDA already, or has chosen a runtime."""
-    torch = sys.modules.get("torch")
     if _chosen is not None or os.environ.get(VARIABLE) == "fake":
         return True
-    return torch is not None and bool(torch.cuda.is_initialized())
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    is_initialized = getattr(cuda, "is_initialized", None)  # torch may be half imported
+    return is_initialized is not None and bool(is_initialized())
 
 
 def device_ordinal(device: str) -> int:

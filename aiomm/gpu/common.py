@@ -180,10 +180,11 @@ def current_stream(device: int) -> int:
     Raises:
         GpuError: cupy finds no CUDA.
     """
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    cupy = sys.modules.get("cupy")
     with foreign_errors("current_stream"):
-        if torch is not None and torch.cuda.is_initialized():
-            return int(torch.cuda.current_stream(device).cuda_stream)
+        if hasattr(cuda, "is_initialized") and cuda.is_initialized():  # else half imported
+            return int(cuda.current_stream(device).cuda_stream)
         if cupy is not None:
             return int(cupy.cuda.get_current_stream(device).ptr)
     return 0

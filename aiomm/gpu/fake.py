@@ -40,7 +40,7 @@ DEVICES_VARIABLE = "AIOMM_FAKE_GPUS"
 TOTAL_NBYTES = 8 << 30
 INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED = 1, 2, 3
 INVALID_CONTEXT, ALREADY_MAPPED, ILLEGAL_ADDRESS = 201, 208, 700
-ALREADY_PINNED, NOT_PINNED = 712, 713
+INVALID_HANDLE, ALREADY_PINNED, NOT_PINNED = 400, 712, 713
 
 _HANDLE = struct.Struct(f"8siiq{UUID_NBYTES}s16s8x")
 _MAGIC = b"fakegpu\x01"
@@ -54,6 +54,7 @@ _libc.mmap.argtypes = (
     ctypes.c_int,
     ctypes.c_long,
 )
+_MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
 
 
@@ -103,9 +104,11 @@ class _Memory:
         self.nbytes = nbytes
         self.nonce = nonce
         self.is_own = is_own
-        self.address: int = _libc.mmap(
-            None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0
-        )
+        address = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+        if address == _MAP_FAILED:
+            os.close(fd)
+            raise GpuError("cuMemAlloc", OUT_OF_MEMORY, "out of memory: it cannot be mapped")
+        self.address: int = address
 
     def holds(self, address: int) -> bool:
         return self.address <= address < self.address + self.nbytes
@@ -148,13 +151,21 @@ class _Stream:
         self._work: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._is_running = False
+        self._thread: threading.Thread | None = None
 
     def give(self, work: Callable[[], None]) -> None:
         with self._lock:
             self._work.append(work)
             if not self._is_running:
                 self._is_running = True
-                threading.Thread(target=self._run, name="fake-gpu-stream", daemon=True).start()
+                self._thread = threading.Thread(
+                    target=self._run, name="fake-gpu-stream", daemon=True
+                )
+                self._thread.start()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         while True:
@@ -251,7 +262,8 @@ class FakeRuntime(GpuRuntime):
         self._streams: dict[int, _Stream] = {}
         self._events: dict[int, _Event] = {}
         self._next = 1
-        self._lost: str = ""
+        self._lost: dict[int, str] = {}
+        """Devices that have failed, and how."""
         self._lock = threading.RLock()
         self._current = threading.local()
 
@@ -259,7 +271,7 @@ class FakeRuntime(GpuRuntime):
 
     def devices(self) -> Sequence[Device]:
         """Return the devices that this process sees."""
-        self._check("cuInit")
+        self._check_process("cuInit")
         return [
             Device(ordinal, _uuid(number), f"fake GPU {number}", TOTAL_NBYTES, "")
             for ordinal, number in enumerate(self._numbers)
@@ -274,12 +286,16 @@ class FakeRuntime(GpuRuntime):
     def allocate(self, device: int, nbytes: int) -> int:
         """Return the address of new zeroed memory."""
         self._check("cuMemAlloc", device)
+        if nbytes < 1:
+            raise GpuError("cuMemAlloc", INVALID_VALUE, f"{nbytes} bytes")
+        if nbytes > TOTAL_NBYTES:
+            raise GpuError("cuMemAlloc", OUT_OF_MEMORY, f"out of memory: {nbytes} bytes")
         nonce, uuid = secrets.token_bytes(16), _uuid(self._numbers[device])
         try:
             fd = os.memfd_create(_memory_name(nonce), os.MFD_CLOEXEC)
-            os.ftruncate(fd, nbytes)
         except OSError as exc:
             raise GpuError("cuMemAlloc", OUT_OF_MEMORY, f"out of memory: {exc}") from exc
+        os.ftruncate(fd, nbytes)
         return self._keep(_Memory(device, uuid, fd, nbytes, nonce, is_own=True))
 
     def free(self, device: int, address: int) -> None:
@@ -327,6 +343,7 @@ class FakeRuntime(GpuRuntime):
 
     def device_at(self, address: int) -> int | None:
         """Return the device whose memory is mapped at `address`."""
+        self._check_process("cuPointerGetAttribute")
         memory = self._at(address)
         return None if memory is None else memory.device
 
@@ -342,6 +359,7 @@ class FakeRuntime(GpuRuntime):
     def destroy_stream(self, device: int, stream: int) -> None:
         """Forget a stream, whose thread ends with its work."""
         self._check("cuStreamDestroy", device, sticky=False)
+        self._stream(stream)
         del self._streams[stream]
 
     def make_event(self, device: int) -> int:
@@ -354,32 +372,33 @@ class FakeRuntime(GpuRuntime):
     def destroy_event(self, device: int, event: int) -> None:
         """Forget an event."""
         self._check("cuEventDestroy", device, sticky=False)
+        self._event(event)
         del self._events[event]
 
     def record(self, device: int, event: int, stream: int) -> None:
         """Let `event` be over after what `stream` has by now."""
         self._check("cuEventRecord", device)
-        recorded = self._events[event]
+        recorded = self._event(event)
         ticket = recorded.issue()
         self._stream(stream).give(lambda: recorded.finish(ticket))
 
     def wait(self, device: int, stream: int, event: int) -> None:
         """Let `stream` wait for `event` as it is recorded now."""
         self._check("cuStreamWaitEvent", device)
-        awaited = self._events[event]
+        awaited = self._event(event)
         ticket = awaited.issued
         self._stream(stream).give(lambda: awaited.wait(ticket))
 
     def query(self, device: int, event: int) -> bool:
         """Whether `event` is over."""
         self._check("cuEventQuery", device)
-        asked = self._events[event]
+        asked = self._event(event)
         return asked.done >= asked.issued
 
     def synchronize(self, device: int, event: int) -> None:
         """Wait until `event` is over."""
         self._check("cuEventSynchronize", device)
-        asked = self._events[event]
+        asked = self._event(event)
         asked.wait(asked.issued)
         self._check("cuEventSynchronize", device)
 
@@ -390,6 +409,11 @@ class FakeRuntime(GpuRuntime):
     def current_stream(self, device: int) -> int:
         """Return the stream that :meth:`use_stream` has named on this thread."""
         return int(getattr(self._current, "stream", 0))
+
+    def join(self) -> None:
+        """Return when no thread of a stream is left: what is stalled has to be released before."""
+        for stream in list(self._streams.values()):
+            stream.join()
 
     @contextmanager
     def use_stream(self, stream: int) -> Iterator[None]:
@@ -412,7 +436,7 @@ class FakeRuntime(GpuRuntime):
             raise GpuError("cuMemcpyAsync", INVALID_VALUE, "refused on demand")
         for each in copies:
             self._check_memory(each)
-        self._stream(stream).give(lambda: self._copy(number, copies))
+        self._stream(stream).give(lambda: self._copy(device, number, copies))
 
     def pin(self, device: int, address: int, nbytes: int) -> None:
         """Note that this memory is pinned; it makes no difference here."""
@@ -445,17 +469,17 @@ class FakeRuntime(GpuRuntime):
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
-    def _copy(self, number: int, copies: Sequence[Copy]) -> None:
+    def _copy(self, device: int, number: int, copies: Sequence[Copy]) -> None:
         """Copy, on the stream's thread."""
         self.faults.hold(number)
         if number == self.faults.fail_at:
-            self._lost = "an illegal memory access was encountered, on demand"
+            self._lost[device] = "an illegal memory access was encountered, on demand"
             return
         for target, source, nbytes in copies:
             try:
                 way = self._check_memory(Copy(target, source, nbytes))
             except GpuError as exc:
-                self._lost = exc.text
+                self._lost[device] = exc.text
                 return
             count = nbytes // 2 if number == self.faults.short_at else nbytes
             ctypes.memmove(target, source, count)
@@ -491,14 +515,18 @@ class FakeRuntime(GpuRuntime):
 
     # What there is.
 
-    def _check(self, call: str, device: int = 0, *, sticky: bool = True) -> None:
+    def _check_process(self, call: str) -> None:
         if os.getpid() != self._process:
+            self._violated("CUDA was used after a fork")
             text = "CUDA does not survive a fork: spawn processes instead"
             raise GpuError(call, NOT_INITIALIZED, text)
+
+    def _check(self, call: str, device: int, *, sticky: bool = True) -> None:
+        self._check_process(call)
         if not 0 <= device < len(self._numbers):
             raise GpuError(call, 101, f"there is no device {device}")
-        if self._lost and sticky:
-            raise GpuError(call, ILLEGAL_ADDRESS, self._lost, is_sticky=True)
+        if device in self._lost and sticky:
+            raise GpuError(call, ILLEGAL_ADDRESS, self._lost[device], is_sticky=True)
 
     def _violated(self, how: str) -> None:
         self.violations.append(how)
@@ -510,9 +538,19 @@ class FakeRuntime(GpuRuntime):
 
     def _stream(self, stream: int) -> _Stream:
         with self._lock:
-            if not stream and not self._streams.get(stream):
-                self._streams[stream] = _Stream()
-            return self._streams[stream]
+            if not stream:
+                return self._streams.setdefault(stream, _Stream())
+            if stream in self._streams:
+                return self._streams[stream]
+        self._violated("a stream was used that is destroyed")
+        raise GpuError("cuStream", INVALID_HANDLE, "no such stream")
+
+    def _event(self, event: int) -> _Event:
+        with self._lock:
+            if event in self._events:
+                return self._events[event]
+        self._violated("an event was used that is destroyed")
+        raise GpuError("cuEvent", INVALID_HANDLE, "no such event")
 
     def _keep(self, memory: _Memory) -> int:
         with self._lock:

@@ -12,7 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 from .runtime import Copy, GpuError, GpuRuntime
 
@@ -26,17 +27,26 @@ then the loop takes as long."""
 
 
 class Mark:
-    """A point in a stream's work: over when all is done that the stream had been given by then."""
+    """A point in a stream's work: over when all is done that the stream had been given by then.
 
-    def __init__(self, runtime: GpuRuntime, device: int, stream: int) -> None:
+    Args:
+        runtime: of this process.
+        device: the stream's.
+        stream: CUDA's handle.
+        event: to use, which stays the caller's; by default a new one.
+
+    Raises:
+        GpuError: CUDA refuses.
+    """
+
+    def __init__(
+        self, runtime: GpuRuntime, device: int, stream: int, event: int | None = None
+    ) -> None:
         self.runtime = runtime
         self.device = device
-        self._event = runtime.make_event(device)
-        try:
-            runtime.record(device, self._event, stream)
-        except BaseException:
-            runtime.destroy_event(device, self._event)
-            raise
+        self._is_own = event is None
+        self._event = runtime.make_event(device) if event is None else event
+        runtime.record(device, self._event, stream)
 
     def is_over(self) -> bool:
         """Whether it is over.
@@ -59,7 +69,7 @@ class Mark:
         self.runtime.synchronize(self.device, self._event)
 
     def __del__(self) -> None:
-        if hasattr(self, "_event"):
+        if hasattr(self, "_event") and self._is_own:
             try:
                 self.runtime.destroy_event(self.device, self._event)
             except GpuError:
@@ -110,16 +120,23 @@ def _resolve(over: asyncio.Future[None], error: GpuError | None) -> None:
         over.set_exception(error)
 
 
+class Lane(NamedTuple):
+    """One stream, and an event to see how far it is."""
+
+    stream: int
+    event: int
+
+
 class Lanes:
     """The streams of one device that aiomm copies on."""
 
     def __init__(self, runtime: GpuRuntime, device: int) -> None:
         self._runtime = runtime
         self._device = device
-        self._free: list[int] = []
+        self._free: list[Lane] = []
         self._num_made = 0
         self._lock = threading.Lock()
-        self._line: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[int]]] = deque()
+        self._line: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[Lane]]] = deque()
 
     async def copy(self, copies: Sequence[Copy], after: Sequence[Mark] = ()) -> None:
         """Copy when all of `after` is over; return when it is done. It must not be cancelled.
@@ -130,7 +147,7 @@ class Lanes:
         lane = await self._take()
         try:
             error = self._begin(lane, copies, after)
-            await finished(Mark(self._runtime, self._device, lane))
+            await finished(self._end_of(lane))
         finally:
             self._give(lane)
         if error is not None:
@@ -144,7 +161,7 @@ class Lanes:
         """
         with self._own_lane() as lane:
             error = self._begin(lane, copies, after)
-            Mark(self._runtime, self._device, lane).synchronize()
+            self._end_of(lane).synchronize()
         if error is not None:
             raise error
 
@@ -160,32 +177,44 @@ class Lanes:
             array = (ctypes.c_ubyte * len(target)).from_buffer(target)
             self.copy_now([Copy(ctypes.addressof(array), source, len(target))], after)
 
-    def _begin(self, lane: int, copies: Sequence[Copy], after: Sequence[Mark]) -> GpuError | None:
+    def _begin(self, lane: Lane, copies: Sequence[Copy], after: Sequence[Mark]) -> GpuError | None:
         """Give copies to a lane. After an error some may be under way: wait for the lane."""
         try:
             for mark in after:
-                mark.delay(lane)
+                mark.delay(lane.stream)
             if copies:
-                self._runtime.copy(self._device, lane, copies)
+                self._runtime.copy(self._device, lane.stream, copies)
         except GpuError as exc:
             return exc
         return None
 
     @contextmanager
-    def _own_lane(self) -> Iterator[int]:
+    def _own_lane(self) -> Iterator[Lane]:
         """Use a stream beyond all counting: whoever blocks a thread is few."""
         with self._lock:
             lane = self._free.pop() if self._free else None
         if lane is None:
-            lane = self._runtime.make_stream(self._device)
+            lane = self._made()
         try:
             yield lane
         finally:
             self._give(lane)
 
-    async def _take(self) -> int:
+    def _end_of(self, lane: Lane) -> Mark:
+        return Mark(self._runtime, self._device, lane.stream, lane.event)
+
+    def _made(self) -> Lane:
+        """Return a new lane: with its event, since later there may be no memory for one."""
+        event = self._runtime.make_event(self._device)
+        try:
+            return Lane(self._runtime.make_stream(self._device), event)
+        except GpuError:
+            self._runtime.destroy_event(self._device, event)
+            raise
+
+    async def _take(self) -> Lane:
         loop = asyncio.get_running_loop()
-        turn: asyncio.Future[int] | None = None
+        turn: asyncio.Future[Lane] | None = None
         with self._lock:
             if self._free:
                 return self._free.pop()
@@ -196,9 +225,24 @@ class Lanes:
                 self._line.append((loop, turn))
         if turn is not None:
             return await turn
-        return self._runtime.make_stream(self._device)
+        try:
+            return self._made()
+        except GpuError as exc:
+            self._not_made(exc)
+            raise
 
-    def _give(self, lane: int) -> None:
+    def _not_made(self, error: GpuError) -> None:
+        """Count one lane less; if there is none at all, whoever waits for one waits in vain."""
+        with self._lock:
+            self._num_made -= 1
+            in_vain = [] if self._num_made else list(self._line)
+            if in_vain:
+                self._line.clear()
+        for loop, turn in in_vain:
+            with suppress(RuntimeError):  # that loop was closed in the meantime
+                loop.call_soon_threadsafe(_fail, turn, error)
+
+    def _give(self, lane: Lane) -> None:
         with self._lock:
             while self._line:
                 loop, turn = self._line.popleft()
@@ -209,11 +253,16 @@ class Lanes:
                 return
             self._free.append(lane)
 
-    def _pass_on(self, turn: asyncio.Future[int], lane: int) -> None:
+    def _pass_on(self, turn: asyncio.Future[Lane], lane: Lane) -> None:
         if turn.done():  # who waited was cancelled
             self._give(lane)
         else:
             turn.set_result(lane)
+
+
+def _fail(turn: asyncio.Future[Lane], error: GpuError) -> None:
+    if not turn.done():
+        turn.set_exception(error)
 
 
 _lanes: dict[tuple[GpuRuntime, int], Lanes] = {}

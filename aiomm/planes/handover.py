@@ -259,10 +259,11 @@ async def redeem(plane: str, invitation: Invitation, nbytes: int, num_fds: int) 
 def _take(
     plane: str, connection: socket.socket, nbytes: int, num_fds: int
 ) -> tuple[bytes, list[int]]:
-    message, descriptors, _, _ = socket.recv_fds(
-        connection, nbytes, max(1, num_fds), socket.MSG_CMSG_CLOEXEC
-    )
-    if len(message) != nbytes or len(descriptors) != num_fds:
+    message, descriptors, flags, _ = socket.recv_fds(connection, nbytes, max(1, num_fds))
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    is_whole = len(message) == nbytes and not flags & socket.MSG_CTRUNC
+    if not is_whole or len(descriptors) != num_fds:
         for descriptor in descriptors:
             os.close(descriptor)
         raise PlaneUnavailable(f"{plane}: {REFUSED}")

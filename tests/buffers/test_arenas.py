@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from aiomm.buffers import mapping
-from aiomm.buffers.arena import Arena, HostArena
+from aiomm.buffers.arena import HostArena
 from aiomm.buffers.layout import ALIGNMENT, Layout
 from aiomm.buffers.shm import MemfdArena, map_peer
 from aiomm.errors import PlaneUnavailable, PoolClosed
@@ -69,7 +69,7 @@ class TestEveryArena:
 
     def test_no_memory_at_all_is_refused(self, arena: HostArena) -> None:
         with pytest.raises((ValueError, PlaneUnavailable), match=r"0 bytes"):
-            type(arena)(0)  # type: ignore[call-arg]
+            type(arena)(0)
 
 
 class TestMemfdArena:

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from aiomm.buffers.arena import Arena, HostArena
+from aiomm.buffers.arena import HostArena
 from aiomm.buffers.layout import Layout
 from aiomm.buffers.shm import MemfdArena
 from aiomm.buffers.tensors import JoinedTensors, PoolTensors, load_array_library, rows_of
@@ -30,7 +30,9 @@ def source(num_tokens: int = NUM_TOKENS) -> dict[str, torch.Tensor]:
     }
 
 
-def filled(tensors: dict[str, torch.Tensor], arena_type: type[HostArena]) -> tuple[Layout, HostArena]:
+def filled(
+    tensors: dict[str, torch.Tensor], arena_type: type[HostArena]
+) -> tuple[Layout, HostArena]:
     """A pool in which token n is row n of `tensors`."""
     layout = Layout(SCHEMA, NUM_TOKENS, num_probes=1)
     arena = arena_type(layout.nbytes)

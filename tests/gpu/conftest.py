@@ -17,5 +17,6 @@ def fake() -> Iterator[FakeRuntime]:
     use_runtime(runtime)
     yield runtime
     runtime.faults.release()
+    runtime.join()
     use_runtime(None)
     assert runtime.violations == []

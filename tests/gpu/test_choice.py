@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from aiomm.gpu.choice import (
     use_runtime,
 )
 from aiomm.gpu.fake import FakeRuntime
+from aiomm.gpu.runtime import Device, GpuError
 
 
 class Bindings(FakeRuntime):
@@ -177,7 +179,6 @@ class TestUse:
         monkeypatch.setitem(sys.modules, "torch", None)
         assert is_in_use()
 
-    @pytest.mark.xfail(reason="AttributeError", raises=AttributeError, strict=True)
     def test_is_none_while_a_thread_is_importing_torch(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -206,7 +207,14 @@ class TestDevices:
         with pytest.raises(PlaneUnavailable, match="cuda:2: there are 2 GPUs here"):
             check_device(runtime, 2)
 
+    def test_are_none_where_there_are_none(self) -> None:
+        with pytest.raises(PlaneUnavailable, match="cuda:1: there are 0 GPUs here"):
+            check_device(FakeRuntime([]), 1)
+
     def test_are_none_where_cuda_fails(self) -> None:
-        runtime = FakeRuntime([])
+        class Broken(FakeRuntime):
+            def devices(self) -> Sequence[Device]:
+                raise GpuError("cuInit", 100, "there is no device")
+
         with pytest.raises(PlaneUnavailable, match="cuda:1: cuInit: there is no device"):
-            check_device(runtime, 1)
+            check_device(Broken(), 1)

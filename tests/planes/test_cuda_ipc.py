@@ -45,6 +45,7 @@ def fake(no_leaks: None) -> Iterator[FakeRuntime]:
     use_runtime(runtime)
     yield runtime
     runtime.faults.release()
+    runtime.join()
     use_runtime(None)
     assert runtime.violations == []
 
