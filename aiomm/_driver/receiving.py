@@ -175,7 +175,10 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self.endpoint.hello = msgspec.structs.replace(self.endpoint.hello, stream=stream)
         await self.loop.run_in_executor(self._copier, load_array_library)
         self.arena = await self.loop.run_in_executor(self._copier, self._make_arena)
-        self.tensors = PoolTensors(self.layout, self.arena)
+        # On the thread: that is where torch comes to know the GPU.
+        self.tensors = await self.loop.run_in_executor(
+            self._copier, PoolTensors, self.layout, self.arena
+        )
         if not all(plane.writes_into(self.device) for plane in self.planes):
             self.staging = await self.loop.run_in_executor(self._copier, self._make_staging)
         strict = self.settings.strict

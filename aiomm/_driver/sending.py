@@ -12,6 +12,7 @@ from ..buffers.checksum import checksum_of_rows, new_checksum
 from ..buffers.tensors import TokenRows
 from ..config import SenderSettings
 from ..errors import AiommError, Failure, PlaneUnavailable, Reason, error_from
+from ..gpu.choice import gpu_runtime, is_in_use
 from ..planes.base import GrantKey, Plane, Run
 from ..protocol.commands import (
     Command,
@@ -106,7 +107,10 @@ class SendDriver(Driver[SendEndpoint]):
         self._idle = asyncio.Event()
 
     async def set_up(self) -> None:
-        """A sender has nothing to make before a receiver says Hello."""
+        """Load what leads to CUDA, if it is in use: at the first tensor it would hold the loop."""
+        if is_in_use():
+            with suppress(PlaneUnavailable):  # tensors of a GPU will say so, if any come
+                await asyncio.to_thread(gpu_runtime)
 
     async def tear_down(self) -> None:
         """Detach from every receiver."""

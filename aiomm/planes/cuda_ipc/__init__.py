@@ -52,15 +52,14 @@ class CudaIpcPlane(Plane):
         return device.startswith("cuda")
 
     def unusable(self) -> str | None:
-        """Say that this process does not use CUDA, unless it is asked to, or what is missing."""
+        """Say that this process does not use CUDA, unless it is asked to.
+
+        What else is missing shows when it is loaded, by :meth:`export` or :meth:`attach`.
+        """
         if sys.platform != "linux":
             return f"needs Linux, this is {sys.platform}"
         if not (self._by_name or is_in_use()):
             return "CUDA is not in use in this process"
-        try:
-            gpu_runtime()
-        except PlaneUnavailable as exc:
-            return exc.message
         return None
 
     async def export(self, arena: Arena) -> Export:
@@ -86,7 +85,7 @@ class CudaIpcPlane(Plane):
         reason = self.unusable()
         if reason is not None:
             raise PlaneUnavailable(f"cuda_ipc: {reason}")
-        runtime = gpu_runtime()
+        runtime = await asyncio.to_thread(gpu_runtime)
         copies = Copies(self._thread)
         try:
             local = exported_here(decoded)
