@@ -379,10 +379,10 @@ class Sender(Lifecycle):
         was told of (RDMA); without this they are copied once more. Other planes do nothing.
 
         Args:
-            tensor: dense, in host memory. It must stay until :meth:`unregister` or the end.
+            tensor: dense, on the host or a GPU. It must stay until :meth:`unregister` or the end.
 
         Raises:
-            IncompatibleSchema: it is not one writable piece of host memory.
+            IncompatibleSchema: it is not one writable piece of memory.
             PlaneUnavailable: a plane refuses it. Transfers work all the same.
         """
         memory = memory_of(tensor)

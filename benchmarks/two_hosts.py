@@ -41,7 +41,7 @@ import aiomm
 from aiomm.buffers.arena import HostArena
 from aiomm.buffers.arrays import copy_bytes
 from aiomm.buffers.layout import ByteRange
-from aiomm.buffers.tensors import TokenRows
+from aiomm.buffers.tensors import TokenRows, memory_of
 from aiomm.planes.base import GrantKey, Place, Plane, Run
 from aiomm.planes.registry import make_planes
 from benchmarks.latency import machine, run
@@ -144,7 +144,7 @@ async def near_plane(name: str, host: str, where: str) -> Move:
     """Attach to the offer, with the source registered if the name says so."""
     plane, content = plane_at(name, host), source()
     if name.endswith(REGISTERED):
-        await plane.register(memoryview(content))
+        await plane.register(memory_of(content))
     remote = await plane.attach(bytes.fromhex(where))
     KEPT.append(remote)
     rows = TokenRows.of("rows", ROW, content)

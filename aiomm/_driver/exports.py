@@ -63,15 +63,23 @@ class Exports:
             raise PlaneUnavailable(f"no plane can be used: {'; '.join(refused)}")
 
     async def _open(self, arena: Arena, staging: HostArena | None, plane: Plane) -> None:
-        if not plane.writes_into(arena.device):
-            if staging is None or not plane.writes_into(staging.device):
-                raise PlaneUnavailable(f"does not write into a pool on {arena.device}")
-            arena = staging
+        places = [arena] if staging is None else [arena, staging]
+        places = [place for place in places if plane.writes_into(place.device)]
+        if not places:
+            raise PlaneUnavailable(f"does not write into a pool on {arena.device}")
         reason = plane.unusable()
         if reason is not None:
             raise PlaneUnavailable(reason)
-        self._exports[plane.name] = await plane.export(arena)
-        self._arenas[plane.name] = arena
+        for place in places:
+            try:
+                self._exports[plane.name] = await plane.export(place)
+            except PlaneUnavailable as exc:
+                if place is places[-1]:
+                    raise
+                logger.info("! no plane %s into %s: %s", plane.name, place.device, exc)
+            else:
+                self._arenas[plane.name] = place
+                return
 
     async def aclose(self) -> None:
         """Close every export. Idempotent."""

@@ -52,6 +52,16 @@ class CudaArena(Arena):
             raise PoolClosed("the arena is closed")
         return self._memory
 
+    def address(self, offset: int, nbytes: int) -> int:
+        """Return where bytes `[offset, offset + nbytes)` lie.
+
+        Raises:
+            ValueError: they do not lie inside the arena.
+            PoolClosed: the arena is closed.
+        """
+        self._check_range(offset, nbytes)
+        return self.memory.address + offset
+
     def array(self, offset: int, field: Field, num_tokens: int) -> Array:
         """Return bytes of the arena as an array on its device; see :meth:`Arena.array`."""
         nbytes = num_tokens * field.row_nbytes

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JoinedTensors",
+    "Memory",
     "PoolTensors",
     "TokenRows",
     "load_array_library",
@@ -200,19 +201,44 @@ def rows_of(
     return rows
 
 
-def memory_of(tensor: object) -> memoryview:
-    """Return all bytes of a tensor, shared with it: where they lie, and how many there are.
+class Memory(NamedTuple):
+    """One piece of memory, and who keeps it."""
+
+    address: int
+    nbytes: int
+    device: str
+    """`"cpu"` or a torch device name."""
+    owner: object
+
+    def holds(self, address: int, nbytes: int) -> bool:
+        """Whether so many bytes from `address` on lie in it."""
+        return self.address <= address and address + nbytes <= self.address + self.nbytes
+
+
+def memory_of(tensor: object) -> Memory:
+    """Return where all bytes of a tensor lie, and how many there are.
 
     Raises:
-        IncompatibleSchema: they are not one writable piece of this process's memory.
+        IncompatibleSchema: they are not one writable piece of this process's or a GPU's memory.
+        PlaneUnavailable: they are on a GPU, and CUDA fails.
     """
     dtype = str(getattr(tensor, "dtype", "uint8")).removeprefix("torch.")
     shape = tuple(getattr(tensor, "shape", (0,)))
     memory = TokenRows.of("memory", Field(dtype, *shape[1:]), tensor)
-    flat = memory.view(0, memory.num_tokens)
+    flat, on_device = memory.view(0, memory.num_tokens), memory.on_device
+    if on_device is not None and on_device.address == _address_on_device(tensor):
+        nbytes = memory.num_tokens * memory.row_nbytes
+        return Memory(on_device.address, nbytes, memory.device, tensor)
     if not flat or flat.readonly:
-        raise IncompatibleSchema(f"not one piece of writable host memory: {type(tensor).__name__}")
-    return flat
+        raise IncompatibleSchema(f"not one piece of writable memory: {type(tensor).__name__}")
+    return Memory(address_of(flat), flat.nbytes, "cpu", flat)
+
+
+def _address_on_device(tensor: Any) -> int:
+    """Return where a tensor of a GPU begins; its rows may be a dense copy of it."""
+    if loaded_instance(tensor, "torch", "Tensor"):
+        return int(tensor.data_ptr())
+    return int(tensor.__cuda_array_interface__["data"][0])
 
 
 def _check(name: str, field: Field, dtype: str, shape: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from ..buffers.arena import Arena
 from ..buffers.layout import ByteRange
-from ..buffers.tensors import TokenRows
+from ..buffers.tensors import Memory, TokenRows
 
 __all__ = ["Export", "GrantKey", "Place", "Plane", "RemoteArena", "Run"]
 
@@ -155,7 +155,7 @@ class Plane(ABC):
         """
         return device == "cpu"
 
-    async def register(self, memory: memoryview) -> None:  # noqa: B027
+    async def register(self, memory: Memory) -> None:  # noqa: B027
         """Expect many writes from `memory`, until :meth:`unregister`.
 
         For planes whose hardware reads only memory that it was told of, which takes long; the
@@ -165,7 +165,7 @@ class Plane(ABC):
             PlaneUnavailable: this memory cannot be registered, and why. Writes from it work.
         """
 
-    async def unregister(self, memory: memoryview) -> None:  # noqa: B027
+    async def unregister(self, memory: Memory) -> None:  # noqa: B027
         """Take back :meth:`register`, after the last write from `memory`. Idempotent."""
 
     @abstractmethod

@@ -13,9 +13,11 @@ import pytest
 import aiomm
 from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.arrays import address_of
+from aiomm.buffers.tensors import memory_of
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes.base import Place, Plane
 from aiomm.planes.mooncake import MooncakePlane, engine, library, receiving
+from aiomm.planes.mooncake.reads import target_in
 from aiomm.planes.mooncake.sending import MooncakeArena
 from aiomm.planes.mooncake.staging import SLOT_NBYTES
 from aiomm.planes.mooncake.wire import decode_offer
@@ -196,7 +198,7 @@ async def test_closing_waits_no_longer_than_it_says(
 async def test_the_engine_never_runs_more_than_256_reads(network: FakeNetwork) -> None:
     shared = await asyncio.to_thread(engine.engine_at, "127.0.0.1", engine.PEER_TO_PEER)
     arena = HostArena(4096)
-    target = arena.view(0, 8)
+    target = target_in(arena, 0, 8)
     source = engine_of(network)
     await asyncio.to_thread(shared.register, arena_address(arena), 4096)
     network.outcomes += [2] * 256
@@ -249,8 +251,7 @@ async def test_rows_longer_than_a_slot(network: FakeNetwork) -> None:
 async def test_registered_memory_is_read_from_where_it_is(network: FakeNetwork, link: Link) -> None:
     assert isinstance(link.remote, MooncakeArena)
     tensor = random_rows(100, 64)
-    memory = whole(tensor, 0).rows.view(0, 100)
-    assert memory is not None
+    memory = memory_of(tensor)
     await link.plane.register(memory)
     await link.write([whole(tensor[10:20], 640)])
     assert link.remote._outlet.staging.num_slots == 0

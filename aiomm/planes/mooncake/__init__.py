@@ -17,19 +17,22 @@ from functools import partial
 from typing import ClassVar, Self
 
 from ...buffers.arena import Arena, HostArena
-from ...buffers.arrays import address_of
+from ...buffers.cuda import CudaArena
+from ...buffers.tensors import Memory
 from ...errors import PlaneUnavailable
 from ..base import Export, Place, Plane, RemoteArena
 from ..copying import Copies, CopyThread
 from .engine import PEER_TO_PEER, engine_at
-from .library import has_rdma, uses_tcp, why_unusable
+from .library import has_rdma, is_cuda_build, uses_tcp, why_unusable
 from .outlet import Outlets
+from .reads import target_in
 from .receiving import MooncakeExport
 from .sending import MooncakeArena, connect, greeted
 from .wire import decode_offer
 
 __all__ = ["MooncakePlane"]
 
+NO_CUDA = "this build of the engine reads memory of the host only"
 METADATA_VARIABLE = "AIOMM_MOONCAKE_METADATA"
 STAGING_NBYTES = 64 << 20
 
@@ -69,6 +72,10 @@ class MooncakePlane(Plane):
         """Listen where the control channel does, and tell peers what it tells them."""
         return cls(bind=place.bind, advertise=place.advertise, by_name=by_name)
 
+    def writes_into(self, device: str) -> bool:
+        """Whether it is the host, or a GPU and the engine's build with CUDA is installed."""
+        return device == "cpu" or is_cuda_build()
+
     def unusable(self) -> str | None:
         """Say that there is no RDMA here and nobody has asked for it by name, or what is missing.
 
@@ -79,20 +86,20 @@ class MooncakePlane(Plane):
         return why_unusable()
 
     async def export(self, arena: Arena) -> Export:
-        """Open `arena`, which must be host memory, to senders' orders.
+        """Open `arena`, of the host or with the engine's CUDA build of a GPU, to senders' orders.
 
         Raises:
             PlaneUnavailable: there is no engine here, or no address to listen on.
         """
-        if not isinstance(arena, HostArena):
-            raise PlaneUnavailable(f"mooncake: reads into host memory, not into {arena.device}")
+        if not isinstance(arena, HostArena | CudaArena) or not self.writes_into(arena.device):
+            raise PlaneUnavailable(f"mooncake: {NO_CUDA}, so not into that of {arena.device}")
         self._check_usable()
         copies = Copies(self._thread)
         memory: tuple[int, int] | None = None
         try:
             engine = await copies.run(partial(engine_at, self._advertise, self._metadata))
-            if not uses_tcp():
-                memory = address_of(arena.view(0, arena.nbytes)), arena.nbytes
+            if isinstance(arena, CudaArena) or not uses_tcp():
+                memory = target_in(arena, 0, arena.nbytes)[:2]
                 await copies.run(partial(engine.register, *memory))
         except BaseException:
             await copies.aclose()
@@ -129,15 +136,17 @@ class MooncakePlane(Plane):
             raise
         return MooncakeArena(decoded, connection, outlet, let_go)
 
-    async def register(self, memory: memoryview) -> None:
+    async def register(self, memory: Memory) -> None:
         """Let receivers read `memory` from where it is, until :meth:`unregister`.
 
         Raises:
-            PlaneUnavailable: the engine refuses it.
+            PlaneUnavailable: the engine refuses it, as its build without CUDA does with a GPU's.
         """
+        if not self.writes_into(memory.device):
+            raise PlaneUnavailable(f"mooncake: {NO_CUDA}, so not that of {memory.device}")
         await self._outlets.register(memory)
 
-    async def unregister(self, memory: memoryview) -> None:
+    async def unregister(self, memory: Memory) -> None:
         """Take back :meth:`register`."""
         await self._outlets.unregister(memory)
 

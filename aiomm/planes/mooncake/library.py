@@ -6,7 +6,9 @@ It is told by its environment, which it reads once, at its import.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import ipaddress
 import os
@@ -15,7 +17,7 @@ from typing import Any, Protocol
 
 from ...errors import PlaneUnavailable
 
-__all__ = ["TransferEngine", "has_rdma", "load", "uses_tcp", "why_unusable"]
+__all__ = ["TransferEngine", "has_rdma", "is_cuda_build", "load", "uses_tcp", "why_unusable"]
 
 DEFAULTS = {
     "MC_LOG_LEVEL": "ERROR",
@@ -32,6 +34,7 @@ SYSTEM_PACKAGES = {
 }
 CUDA_LIBRARIES = ("libcuda.so", "libcudart.so", "libmlx5.so")
 """What only the CUDA builds need."""
+CUDA_BUILDS = ("mooncake-transfer-engine", "mooncake-transfer-engine-cuda13")
 NOT_INSTALLED = 'needs Mooncake: pip install "aiomm[mooncake]"'
 IPV6_VARIABLE = "MC_USE_IPV6"
 RDMA_DEVICES = Path("/sys/class/infiniband")
@@ -76,6 +79,20 @@ def has_rdma() -> bool:
 def uses_tcp() -> bool:
     """Whether the engine moves bytes over TCP here, which needs no registered target."""
     return bool(os.environ.get("MC_FORCE_TCP")) or not has_rdma()
+
+
+@functools.cache
+def is_cuda_build() -> bool:
+    """Whether the engine that is installed reads and writes memory of GPUs."""
+    return any(map(_is_installed, CUDA_BUILDS))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def why_unusable() -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from ...buffers.arrays import address_of
+from ...buffers.tensors import Memory
 from ..copying import Copies, CopyThread
 from .engine import SharedEngine, engine_at
 from .staging import Staging
@@ -21,7 +21,7 @@ class Outlet:
     """
 
     def __init__(
-        self, engine: SharedEngine, copies: Copies, staging: Staging, memory: dict[int, memoryview]
+        self, engine: SharedEngine, copies: Copies, staging: Staging, memory: dict[int, Memory]
     ) -> None:
         self.session = engine.session
         self.copies = copies
@@ -32,10 +32,7 @@ class Outlet:
 
     def is_registered(self, address: int, nbytes: int) -> bool:
         """Whether so many bytes from `address` on can be read from where they are."""
-        return any(
-            start <= address and address + nbytes <= start + memory.nbytes
-            for start, memory in self._memory.items()
-        )
+        return any(memory.holds(address, nbytes) for memory in self._memory.values())
 
     async def register(self, address: int, nbytes: int) -> None:
         """Register memory with the engine."""
@@ -64,7 +61,7 @@ class Outlets:
         self._metadata = metadata
         self._staging_nbytes = staging_nbytes
         self._outlets: dict[str, Outlet] = {}
-        self._memory: dict[int, memoryview] = {}
+        self._memory: dict[int, Memory] = {}
         self._turn = asyncio.Lock()
 
     async def hold(self, host: str) -> Outlet:
@@ -89,25 +86,23 @@ class Outlets:
                 del self._outlets[host]
                 await outlet.aclose()
 
-    async def register(self, memory: memoryview) -> None:
+    async def register(self, memory: Memory) -> None:
         """Register `memory` with every engine, also those to come.
 
         Raises:
             PlaneUnavailable: an engine refuses it.
         """
-        address = address_of(memory)
         async with self._turn:
             for outlet in self._outlets.values():
-                await outlet.register(address, memory.nbytes)
-            self._memory[address] = memory
+                await outlet.register(memory.address, memory.nbytes)
+            self._memory[memory.address] = memory
 
-    async def unregister(self, memory: memoryview) -> None:
+    async def unregister(self, memory: Memory) -> None:
         """Take back :meth:`register`."""
-        address = address_of(memory)
         async with self._turn:
-            if self._memory.pop(address, None) is not None:
+            if self._memory.pop(memory.address, None) is not None:
                 for outlet in self._outlets.values():
-                    await outlet.unregister(address, memory.nbytes)
+                    await outlet.unregister(memory.address, memory.nbytes)
 
     async def _opened(self, host: str) -> Outlet:
         copies = Copies(self._thread)

@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ...buffers.arena import HostArena
 from ...buffers.arrays import address_of
+from ...buffers.cuda import CudaArena
 from .library import TransferEngine
 
-__all__ = ["Reads"]
+__all__ = ["Reads", "Target", "target_in"]
 
 MAX_RUNNING = 256
 """Of more than 2048 at once the engine loses some for ever."""
@@ -25,11 +27,32 @@ DONE, FAILED = 1, -1
 """The statuses that are final; after one the read must not be asked for again."""
 
 
+class Target(NamedTuple):
+    """Where the bytes of a read go."""
+
+    address: int
+    nbytes: int
+    memory: object
+    """Stays until the read has ended, since this refers to it."""
+
+
+def target_in(arena: HostArena | CudaArena, offset: int, nbytes: int) -> Target:
+    """Return bytes of an arena, at least one.
+
+    Raises:
+        ValueError: they do not lie inside the arena.
+        PoolClosed: the arena is closed.
+    """
+    if isinstance(arena, CudaArena):
+        return Target(arena.address(offset, nbytes), nbytes, arena.memory)
+    view = arena.view(offset, nbytes)
+    return Target(address_of(view), nbytes, view)
+
+
 class _Read(NamedTuple):
     session: str
     source: int
-    target: memoryview
-    """Stays mapped until the read has ended, since this refers to it."""
+    target: Target
     loop: asyncio.AbstractEventLoop
     ended: asyncio.Future[bool]
 
@@ -64,7 +87,7 @@ class Reads:
         if thread is not None and is_idle:
             thread.join()
 
-    def start(self, session: str, source: int, target: memoryview) -> asyncio.Future[bool]:
+    def start(self, session: str, source: int, target: Target) -> asyncio.Future[bool]:
         """Read the peer's bytes from address `source` on into `target`.
 
         The future tells whether they are there. It is never done before the read has ended,
@@ -104,9 +127,9 @@ class Reads:
             return [self._waiting.popleft() for _ in range(room)]
 
     def _begin(self, read: _Read) -> bool:
-        target, nbytes = address_of(read.target), read.target.nbytes
+        address, nbytes, _ = read.target
         batch = self._engine.batch_transfer_async_read(
-            read.session, [target], [read.source], [nbytes]
+            read.session, [address], [read.source], [nbytes]
         )
         if batch:
             self._running[batch] = read

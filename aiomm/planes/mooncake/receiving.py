@@ -18,12 +18,14 @@ from typing import TypeAlias, cast
 import msgspec
 
 from ...buffers.arena import HostArena
+from ...buffers.cuda import CudaArena
 from ...buffers.layout import ByteRange
 from ...errors import PlaneUnavailable, ProtocolError
 from ..base import Export, GrantKey
 from ..copying import Copies
 from ..permits import Permit, Permits
 from .engine import SharedEngine
+from .reads import Target, target_in
 from .wire import (
     ANSWER,
     GREETING,
@@ -68,7 +70,7 @@ class MooncakeExport(Export):
 
     def __init__(
         self,
-        arena: HostArena,
+        arena: HostArena | CudaArena,
         engine: SharedEngine,
         copies: Copies,
         memory: tuple[int, int] | None,
@@ -148,7 +150,7 @@ class MooncakeExport(Export):
         self.engine.reads.let_go()
         await self._copies.aclose()
 
-    def read(self, grant: GrantKey, session: str, source: int, target: memoryview) -> Reading:
+    def read(self, grant: GrantKey, session: str, source: int, target: Target) -> Reading:
         """Begin a read for `grant`."""
         read = self.engine.reads.start(session, source, target)
         self._reads.setdefault(grant, set()).add(read)
@@ -208,7 +210,7 @@ class Incoming:
         """Begin to read the next piece."""
         piece = self._pieces.popleft()
         self.num_reads += 1
-        target = export.arena.view(piece.offset, piece.nbytes)
+        target = target_in(export.arena, piece.offset, piece.nbytes)
         return export.read(self.grant, session, piece.source, target)
 
     def ended(self, read: Reading) -> None:

@@ -7,12 +7,14 @@ piece, into the slots of :mod:`.staging`, while the pieces before them are being
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 from ...buffers.arrays import copy_bytes
 from ...errors import PlaneUnavailable, ProtocolError
+from ...gpu.lanes import finished
+from ...gpu.runtime import GpuError, explained
 from ..base import GrantKey, RemoteArena, Run
 from ..copying import check_runs
 from .outlet import Outlet
@@ -123,6 +125,7 @@ class MooncakeArena(RemoteArena):
         connection = await self._connected()
         answers: list[asyncio.Future[Status]] = []
         try:
+            await _ready(run for run in runs if _direct(run, self._outlet.is_registered))
             direct = _grouped(_direct_pieces(runs, self._outlet.is_registered))
             answers += [connection.order(grant, pieces) for pieces in direct]
             for parcel in _parcels(_copies(runs, self._outlet.is_registered)):
@@ -293,9 +296,25 @@ async def greeted(connection: OrderConnection, offer: Offer, session: str) -> Or
 
 
 def _direct(run: Run, is_registered: Callable[[int, int], bool]) -> int | None:
-    """Return the address of the run's rows if they can be read from there."""
-    address = run.rows.address(run.first)
+    """Return where the rows lie, on the host or a GPU, if they can be read from there."""
+    address, on_device = run.rows.address(run.first), run.rows.on_device
+    if on_device is not None:
+        address = on_device.address + run.first * on_device.row_nbytes
     return address if address is not None and is_registered(address, run.nbytes) else None
+
+
+async def _ready(runs: Iterable[Run]) -> None:
+    """Return when whoever makes the rows on a GPU has made them.
+
+    Raises:
+        PlaneUnavailable: CUDA has failed.
+    """
+    on_device = [run.rows.on_device for run in runs if run.rows.on_device is not None]
+    for rows in dict.fromkeys(on_device):
+        try:
+            await finished(rows.ready)
+        except GpuError as exc:
+            raise explained(rows.device, exc) from exc
 
 
 def _direct_pieces(
