@@ -1,4 +1,4 @@
-"""The mooncake plane with memory of GPUs, as its CUDA build has it: a fake engine and a fake GPU."""
+"""The mooncake plane with memory of GPUs, as its CUDA build has it: fake engine and fake GPU."""
 
 from __future__ import annotations
 
