@@ -323,14 +323,17 @@ class FakeRuntime(GpuRuntime):
         if len(handle) != HANDLE_NBYTES or not handle.startswith(_MAGIC):
             raise GpuError(call, INVALID_VALUE, "not a handle")
         _, process, number, nbytes, uuid, nonce = _HANDLE.unpack(handle)
-        if process == os.getpid():
+        if self._is_own(process):
             raise GpuError(call, INVALID_CONTEXT, "the handle is of this very process")
-        opened = ((memory.nonce, memory.device) for memory in self._memory.values())
-        if (nonce, device) in opened:
+        opened = (memory for memory in self._memory.values() if not memory.is_own)
+        if any((memory.nonce, memory.device) == (nonce, device) for memory in opened):
             self._violated("a handle was opened twice")
             raise GpuError(call, ALREADY_MAPPED, "already mapped")
         fd = _open_memory(process, number, nonce)
         return self._keep(_Memory(device, uuid, fd, nbytes, nonce, is_own=False))
+
+    def _is_own(self, process: int) -> bool:
+        return process == os.getpid()
 
     def close(self, device: int, address: int) -> None:
         """Unmap another process's allocation."""

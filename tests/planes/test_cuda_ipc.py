@@ -18,6 +18,7 @@ from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.gpu.choice import use_runtime
 from aiomm.gpu.fake import FakeArray, FakeRuntime
+from aiomm.planes import cuda_ipc
 from aiomm.planes.base import Plane, Run
 from aiomm.planes.cuda_ipc import CudaIpcPlane
 from aiomm.planes.memory import MemoryPlane
@@ -29,6 +30,8 @@ from aiomm.types import Field
 from . import contract
 from .contract import (
     ARENA_NBYTES,
+    GRANT,
+    PEER,
     Link,
     PlaneContract,
     bytes_of,
@@ -41,7 +44,11 @@ from .contract import (
 @pytest.fixture
 def fake(no_leaks: None) -> Iterator[FakeRuntime]:
     """Two devices; none may be abused."""
-    runtime = FakeRuntime([0, 1])
+    yield from fake_of(FakeRuntime([0, 1]))
+
+
+def fake_of(runtime: FakeRuntime) -> Iterator[FakeRuntime]:
+    """Use a runtime until the test is over."""
     use_runtime(runtime)
     yield runtime
     runtime.faults.release()
@@ -74,6 +81,34 @@ class CudaIpcContract(PlaneContract):
 
 class TestFromTheHost(CudaIpcContract):
     """Rows of the host, dense and strided, into a pool on a GPU."""
+
+
+class AsElsewhere(FakeRuntime):
+    """Opens handles of its own process as if another one had made them."""
+
+    def _is_own(self, process: int) -> bool:
+        return False
+
+
+class TestThroughAHandle(CudaIpcContract):
+    """As from another process: what is exported is handed over and opened, and closed again."""
+
+    @pytest.fixture
+    def fake(self, no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRuntime]:
+        monkeypatch.setattr(cuda_ipc, "exported_here", lambda offer: None)
+        yield from fake_of(AsElsewhere([0, 1]))
+
+    async def test_it_is_opened_once_for_each_device(self, link: Link, fake: FakeRuntime) -> None:
+        """All senders of a process share what is open; the last one closes it."""
+        second = await link.plane.attach(link.export.offer(PEER))
+        num_open = len(fake._memory)
+        rows = on_device(fake, 1, random_rows(4, 16))
+        await link.write([Run(rows, 0, 4, 0)])
+        assert len(fake._memory) == num_open + 2  # the rows, and the pool as the other one sees it
+        await link.remote.aclose()
+        await second.write(GRANT, [whole(random_rows(4, 16), 64)])
+        await second.aclose()
+        assert len(fake._memory) == num_open  # the pool and the rows
 
 
 class TestFromTheSameDevice(CudaIpcContract):
