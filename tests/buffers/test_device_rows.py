@@ -108,8 +108,7 @@ class TestArrays:
         array = array_on(fake)
         rows = TokenRows.of("x", FIELD, array)
         assert (rows.view(0, 10), rows.address(0)) == (None, None)
-        with pytest.raises(IncompatibleSchema, match="not one piece of writable host memory"):
-            memory_of(array)
+        assert memory_of(array)[:3] == (array.address, 10 * rows.row_nbytes, "cuda:0")
 
     @pytest.mark.parametrize("device", [0, 1])
     @pytest.mark.parametrize(("first", "count"), [(0, 10), (3, 4), (9, 1), (0, 0), (10, 0)])
@@ -424,6 +423,13 @@ class TestTorch:
         _may_copy.set()
         Mark(fake, 0, 0).synchronize()
         assert not is_over
+
+    def test_strided_tensors_are_not_one_piece_of_memory(self, fake: FakeRuntime) -> None:
+        """What would be registered is a dense copy of them, and not theirs."""
+        tensor = CudaTensor.on(fake, 0, torch.arange(60, dtype=torch.int32).reshape(10, 6))
+        assert memory_of(tensor).nbytes == 240
+        with pytest.raises(IncompatibleSchema, match="not one piece of writable memory"):
+            memory_of(tensor[:, ::2])
 
     def test_strided_tensors_are_waited_for_where_they_are_made_dense(
         self, fake: FakeRuntime

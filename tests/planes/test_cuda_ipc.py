@@ -27,6 +27,7 @@ from aiomm.planes.shm import ShmPlane
 from aiomm.planes.tcp import TcpPlane
 from aiomm.types import Field
 
+from ..conftest import resources
 from . import contract
 from .contract import (
     ARENA_NBYTES,
@@ -66,6 +67,16 @@ def on_device(runtime: FakeRuntime, device: int, tensor: torch.Tensor) -> TokenR
 
 @pytest.mark.usefixtures("fake")
 class CudaIpcContract(PlaneContract):
+    @pytest.fixture(autouse=True)
+    def joined(self, fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Look for what is left behind when the threads of the fake's streams are through."""
+
+        def resources_then() -> dict[str, set[str]]:
+            fake.join()
+            return resources()
+
+        monkeypatch.setattr(contract, "resources", resources_then)
+
     def make_plane(self) -> Plane:
         return CudaIpcPlane()
 
