@@ -65,7 +65,7 @@ class Lease(Mapping[str, Array]):
         self._is_released = False
         self._streams: list[int] = []
         """Of CUDA, which read the tensors."""
-        self._pool = driver.tensors
+        self._pool = driver.memory.tensors
         self._joined = None if delivery.joined is None else delivery.joined.tensors()
         self.request_id = transfer.id.request_id
         self.num_tokens = transfer.transferred_tokens
@@ -121,7 +121,7 @@ class Lease(Mapping[str, Array]):
 
     def _readers(self, stream: object) -> Sequence[Mark]:
         """Return how far the reading streams have to come; nothing for a pool on the host."""
-        arena = self._driver.arena
+        arena = self._driver.memory.arena
         if not isinstance(arena, CudaArena):
             return ()
         handle = stream_of(stream)
@@ -151,7 +151,7 @@ class Lease(Mapping[str, Array]):
 
     def _note_stream(self) -> None:
         """Have :meth:`release` wait for this thread's stream, on which copies may be under way."""
-        arena = self._driver.arena
+        arena = self._driver.memory.arena
         if isinstance(arena, CudaArena):
             self._streams.append(arena.runtime.current_stream(arena.ordinal))
 

@@ -28,7 +28,7 @@ LATE = 1500
 
 def pool_bytes(receiver: aiomm.Receiver) -> bytes:
     """Return every byte of the pool."""
-    arena = receiver._driver.arena
+    arena = receiver._driver.memory.arena
     return bytes(arena.read(0, receiver._driver.layout.nbytes))
 
 

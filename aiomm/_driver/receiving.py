@@ -11,23 +11,17 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
-from ..buffers.arena import Arena, HostArena
-from ..buffers.arrays import load_array_library
 from ..buffers.checksum import checksum_of_extents
-from ..buffers.cuda import CudaArena, DeviceJoinedTensors
 from ..buffers.layout import Layout
 from ..buffers.pool import BlockPool
 from ..buffers.queue import QueueFull, ReservationQueue
-from ..buffers.received import JoinedTensors, PoolTensors
-from ..buffers.shm import MemfdArena
 from ..config import ReceiverSettings
 from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, error_from
 from ..gpu.lanes import Mark, finished
-from ..gpu.pinning import Pin
 from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Plane
 from ..protocol.commands import (
@@ -54,14 +48,11 @@ from ..protocol.session import Timing
 from ..types import Allocation, Extent, Schema
 from .base import Driver, new_epoch
 from .exports import Exports
+from .memory import Joined, Memory
 
 __all__ = ["Delivery", "ReceiveDriver", "Waiter"]
 
 logger = logging.getLogger("aiomm.receiver")
-
-
-Joined: TypeAlias = JoinedTensors | DeviceJoinedTensors
-"""Where chunks go that are moved out of the pool: memory of the pool's device."""
 
 
 class Delivery:
@@ -108,9 +99,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
     listens: ClassVar[bool] = True
     settings: ReceiverSettings
-    arena: Arena
-    staging: HostArena | None = None
-    tensors: PoolTensors
 
     def __init__(
         self,
@@ -126,12 +114,12 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     ) -> None:
         super().__init__(settings, bind, name)
         self.schema = schema
-        self.device = device
         self.planes = planes
         self.waiter = waiter
         self.pool = BlockPool(settings.blocks, settings.block_size)
         self.queue = ReservationQueue(self.pool, max_waiting=settings.max_waiting)
         self.layout = Layout(schema, settings.blocks * settings.block_size, settings.max_peers)
+        self.memory = Memory(self.layout, device, name)
         self._exports = Exports(self.layout)
         self.endpoint = ReceiveEndpoint(
             new_epoch(),
@@ -164,7 +152,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._making_room: asyncio.Task[None] | None = None
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="aiomm-join")
         self._freed = asyncio.Event()
-        self._pin: Pin | None = None
 
     # Beginning and end.
 
@@ -173,50 +160,16 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         if self.stream is not None:
             stream = self.stream.address or ""
             self.endpoint.hello = msgspec.structs.replace(self.endpoint.hello, stream=stream)
-        await self.loop.run_in_executor(self._copier, load_array_library)
-        self.arena = await self.loop.run_in_executor(self._copier, self._make_arena)
-        # On the thread: that is where torch comes to know the GPU.
-        self.tensors = await self.loop.run_in_executor(
-            self._copier, PoolTensors, self.layout, self.arena
-        )
-        if not all(plane.writes_into(self.device) for plane in self.planes):
-            self.staging = await self.loop.run_in_executor(self._copier, self._make_staging)
+        memory = self.memory
+        await memory.open(self._copier, self.planes)
         strict = self.settings.strict
-        await self._exports.open(self.arena, self.staging, self.planes, strict=strict)
-
-    def _make_arena(self) -> Arena:
-        if self.device == "cpu":
-            return self._make_host_arena()
-        return CudaArena(self.layout.nbytes, self.device)
-
-    def _make_staging(self) -> HostArena | None:
-        """Where the other planes write if the pool is on a GPU: as much memory of the host."""
-        if not isinstance(self.arena, CudaArena):
-            return None
-        staging = self._make_host_arena()
-        self._pin = self.arena.pin(staging)
-        return staging
-
-    def _make_host_arena(self) -> HostArena:
-        """Shared memory where there is some, since any sender may turn out to be on this host."""
-        try:
-            return MemfdArena(self.layout.nbytes)
-        except PlaneUnavailable as exc:
-            logger.warning("! %s has no shared memory: %s", self.name, exc)
-            return HostArena(self.layout.nbytes)
+        await self._exports.open(memory.arena, memory.staging, self.planes, strict=strict)
 
     async def tear_down(self) -> None:
         """Close the exports and the arena. Leases that are still held stay readable."""
         await self._exports.aclose()
         await self.loop.run_in_executor(None, self._copier.shutdown)
-        arena: Arena | None = getattr(self, "arena", None)
-        if self._pin is not None:
-            await self.loop.run_in_executor(None, self._pin.release)
-        if self.staging is not None:
-            self.staging.close()
-        if arena is not None:
-            self.__dict__.pop("tensors", None)  # what leases still hold stays, and nothing else
-            await self.loop.run_in_executor(None, arena.close)
+        await self.memory.aclose()
 
     def abandon(self, failure: Failure) -> None:
         """Fail every request that is not done, and take no new one."""
@@ -252,7 +205,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 self._quarantine(number, allocations)
             case Release(number, allocations):
                 self._release(number, allocations)
-            case Verify(number, _, b"", plane) if self._exports.arena_of(plane) is self.arena:
+            case Verify(number, _, b"", plane) if (
+                self._exports.arena_of(plane) is self.memory.arena
+            ):
                 self.endpoint.verified(number, True, self.now())  # nothing to compare or move
             case Verify(number):
                 self.spawn(self._verify(command), f"verify {number}")
@@ -429,16 +384,13 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
     async def _move_untaken(self, delivery: Delivery) -> None:
         number = delivery.transfer.number
-        joined = self._new_joined(delivery.extent.num_tokens)
+        joined = self.memory.joined(delivery.extent.num_tokens)
         copying = self.loop.run_in_executor(
-            self._copier, joined.append, self.layout, self.arena, [delivery.extent]
+            self._copier, joined.append, self.layout, self.memory.arena, [delivery.extent]
         )
         try:
             await copying
-        except (
-            Rejected,
-            PlaneUnavailable,
-        ) as exc:  # it stays where it is, until the next time that blocks are short
+        except (Rejected, PlaneUnavailable) as exc:  # it stays, until blocks are short again
             logger.warning("! request %d stays in the pool: %s", number, exc)
             self._count_buffered(number, 0)
             self._making_room = None
@@ -463,7 +415,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         try:
             await self._upload(number, extents, plane)
             matches = not checksum or checksum == await self.loop.run_in_executor(
-                self._copier, checksum_of_extents, self.layout, self.arena, extents
+                self._copier, checksum_of_extents, self.layout, self.memory.arena, extents
             )
         except Exception as exc:  # no xxhash here, CUDA has failed, or the pool is closing
             failure = Failure(Reason.REJECTED, f"the chunk cannot be verified: {exc}")
@@ -473,16 +425,12 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.pump()
 
     async def _upload(self, number: int, extents: tuple[Extent, ...], plane: str) -> None:
-        """Copy a chunk from staging into the pool, if its plane has put it there."""
-        staging = self._exports.arena_of(plane)
-        if staging is self.arena or not self.endpoint.is_live(number):
+        """Copy a chunk into the pool, if it is on a GPU and the plane does not write there."""
+        source = self._exports.arena_of(plane)
+        is_there = self.memory.device == "cpu" or source is self.memory.arena
+        if is_there or not self.endpoint.is_live(number):
             return
-        if not isinstance(self.arena, CudaArena) or not isinstance(staging, HostArena):
-            raise PlaneUnavailable(f"it came over no plane of this receiver's: {plane!r}")
-        ranges = [
-            self.layout.field_range(name, extent) for name in self.schema for extent in extents
-        ]
-        upload = partial(self.arena.upload, staging, ranges)
+        upload = partial(self.memory.upload, source, extents)
         uploading = self.loop.run_in_executor(self._copier, upload)
         self._exports.puts(number, uploading)
         await asyncio.shield(uploading)  # it is over when its thread says so
@@ -505,7 +453,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self._cannot_buffer(number, f"over max_buffered_bytes={limit}", done)
             return
         if joined is None:
-            joined = self._joined[number] = self._new_joined(total)
+            joined = self._joined[number] = self.memory.joined(total)
         copying = self._copy_in_thread(joined, number, extents, done)
         self.spawn(copying, f"move out {number}")
 
@@ -518,7 +466,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     ) -> None:
         try:
             await self.loop.run_in_executor(
-                self._copier, joined.append, self.layout, self.arena, extents
+                self._copier, joined.append, self.layout, self.memory.arena, extents
             )
         except Exception as exc:  # whatever it is fails this request and no other
             self._cannot_buffer(number, str(exc), done)
@@ -530,11 +478,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         failure = Failure(Reason.BUSY, f"cannot be buffered outside the pool: {why}")
         self.endpoint.fail(number, failure, self.now())
         done(number, self.now())
-
-    def _new_joined(self, num_tokens: int | None) -> Joined:
-        if self.device == "cpu":
-            return JoinedTensors(self.schema, num_tokens)
-        return DeviceJoinedTensors(self.schema, num_tokens)
 
     def _take_joined(self, number: int) -> Joined | None:
         self._count_buffered(number, 0)

@@ -139,7 +139,7 @@ class ReceiverActor(Actor):
         return ""
 
     def _arena(self) -> CudaArena:
-        arena = self.endpoint._driver.arena
+        arena = self.endpoint._driver.memory.arena
         assert isinstance(arena, CudaArena)
         return arena
 

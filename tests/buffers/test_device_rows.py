@@ -359,7 +359,7 @@ class CudaTensor(torch.Tensor):
         made = CudaTensor.on(fake, 0, torch.zeros_like(dense))
         content, address = bytes(dense.view(torch.uint8).numpy()), made.data_ptr()
 
-        def copy() -> None:
+        def copy(kept: object = made) -> None:
             assert _may_copy.wait(10)
             ctypes.memmove(address, content, len(content))
 

@@ -19,8 +19,7 @@ import numpy
 import pytest
 import torch
 
-from aiomm.gpu import fake
-from aiomm.gpu.fake import FakeArray, FakeFaults, FakeRuntime
+from aiomm.gpu.fake import FakeArray, FakeFaults, FakeRuntime, codes
 from aiomm.gpu.runtime import HANDLE_NBYTES, Copy, GpuError
 
 from .driving import Gpu, error_of, in_child
@@ -187,7 +186,7 @@ class TestMemory:
 
         monkeypatch.setattr(os, "memfd_create", refuse)
         error = error_of(runtime.allocate, 0, 64)
-        assert (error.call, error.code) == ("cuMemAlloc", fake.OUT_OF_MEMORY)
+        assert (error.call, error.code) == ("cuMemAlloc", codes.OUT_OF_MEMORY)
 
     @pytest.mark.parametrize("nbytes", [0, 1 << 50, 1 << 63])
     def test_as_much_as_nobody_has_is_refused(self, runtime: FakeRuntime, nbytes: int) -> None:
@@ -200,7 +199,7 @@ class TestMemory:
         self, runtime: FakeRuntime, call: str, offset: int
     ) -> None:
         address = runtime.allocate(0, 8192)
-        assert error_of(getattr(runtime, call), 0, address + offset).code == fake.INVALID_VALUE
+        assert error_of(getattr(runtime, call), 0, address + offset).code == codes.INVALID_VALUE
         assert "of what is no allocation of this process" in runtime.violations[0]
         assert runtime.device_at(address) == 0
 
@@ -208,23 +207,23 @@ class TestMemory:
     def test_after_it_was_freed_nothing_works(self, runtime: FakeRuntime, call: str) -> None:
         address = runtime.allocate(0, 64)
         runtime.free(0, address)
-        assert error_of(getattr(runtime, call), 0, address).code == fake.INVALID_VALUE
+        assert error_of(getattr(runtime, call), 0, address).code == codes.INVALID_VALUE
         assert len(runtime.violations) == 1
 
     def test_of_this_process_is_freed_and_not_closed(self, runtime: FakeRuntime) -> None:
         address = runtime.allocate(0, 64)
-        assert error_of(runtime.close, 0, address).code == fake.INVALID_VALUE
+        assert error_of(runtime.close, 0, address).code == codes.INVALID_VALUE
         assert runtime.violations == ["what is not open was closed"]
         assert runtime.device_at(address) == 0
 
     def test_of_the_host_is_pinned_once_and_unpinned_once(self, runtime: FakeRuntime) -> None:
         address = host(64)
         runtime.pin(0, address, 64)
-        assert error_of(runtime.pin, 1, address, 64).code == fake.ALREADY_PINNED
+        assert error_of(runtime.pin, 1, address, 64).code == codes.ALREADY_PINNED
         assert runtime.pinned == {address: 64}
         runtime.unpin(1, address)
         assert (runtime.pinned, runtime.violations) == ({}, [])
-        assert error_of(runtime.unpin, 0, address).code == fake.NOT_PINNED
+        assert error_of(runtime.unpin, 0, address).code == codes.NOT_PINNED
         assert runtime.violations == ["memory was unpinned that is not pinned"]
 
 
@@ -248,7 +247,7 @@ class TestCopies:
         address, elsewhere = runtime.allocate(0, 64) + offset, host(128)
         ends = (address, elsewhere) if is_target else (elsewhere, address)
         error = error_of(gpu.copy, [Copy(*ends, nbytes)])
-        assert (error.code, error.is_sticky) == (fake.INVALID_VALUE, False)
+        assert (error.code, error.is_sticky) == (codes.INVALID_VALUE, False)
         assert runtime.violations == ["a copy went over the end of an allocation"]
 
     @pytest.mark.parametrize("is_target", [True, False])
@@ -258,7 +257,7 @@ class TestCopies:
         address, elsewhere = runtime.allocate(0, 64), host(128)
         runtime.free(0, address)
         ends = (address + 60, elsewhere) if is_target else (elsewhere, address + 60)
-        assert error_of(gpu.copy, [Copy(*ends, 8)]).code == fake.ILLEGAL_ADDRESS
+        assert error_of(gpu.copy, [Copy(*ends, 8)]).code == codes.ILLEGAL_ADDRESS
         assert runtime.violations == [AFTER_END]
 
     def test_whose_memory_is_freed_before_their_turn_lose_the_device(
@@ -462,7 +461,7 @@ class TestFaults:
         gpu = Gpu(runtime)
         address = gpu.allocate(b"contents")
         error = error_of(gpu.copy, [Copy(address, address + 4, 4)])
-        assert (error.code, error.is_sticky) == (fake.INVALID_VALUE, False)
+        assert (error.code, error.is_sticky) == (codes.INVALID_VALUE, False)
         assert gpu.read(address, 8) == b"contents"
 
     def test_a_copy_that_fails_loses_the_device(self) -> None:
@@ -622,7 +621,7 @@ class TestTwoProcesses:
         opened = [runtime.open(device, handle) for device in (0, 1)]
         assert opened[0] != opened[1]
         assert runtime.violations == []
-        assert error_of(runtime.open, 1, handle).code == fake.ALREADY_MAPPED
+        assert error_of(runtime.open, 1, handle).code == codes.ALREADY_MAPPED
         assert runtime.violations == ["a handle was opened twice"]
         runtime.close(1, opened[1])
         ctypes.memmove(opened[0], b"contents", 8)
@@ -651,9 +650,9 @@ class TestTwoProcesses:
     ) -> None:
         opened = other.call("open", 0, runtime.export(0, gpu.allocate(b"contents")))
         for call in ("free", "export"):
-            assert error_of(other.call, call, 0, opened).code == fake.INVALID_VALUE
+            assert error_of(other.call, call, 0, opened).code == codes.INVALID_VALUE
         other.call("close", 0, opened)
-        assert error_of(other.call, "close", 0, opened).code == fake.INVALID_VALUE
+        assert error_of(other.call, "close", 0, opened).code == codes.INVALID_VALUE
         assert other.call("device_at", opened) is None
         told = "of what is no allocation of this process"
         assert other.call("violations") == [
@@ -668,7 +667,7 @@ class TestTwoProcesses:
         opened = other.call("open", 0, runtime.export(0, gpu.allocate(b"contents")))
         own = other.call("allocate", 0, 8)
         other.call("close", 0, opened)
-        assert error_of(other.call, "copy", 0, (own, opened, 8)).code == fake.ILLEGAL_ADDRESS
+        assert error_of(other.call, "copy", 0, (own, opened, 8)).code == codes.ILLEGAL_ADDRESS
         assert other.call("violations") == [AFTER_END]
 
     def test_do_not_copy_over_the_end_of_what_they_have_opened(
@@ -676,7 +675,7 @@ class TestTwoProcesses:
     ) -> None:
         opened = other.call("open", 0, runtime.export(0, gpu.allocate(b"contents")))
         own = other.call("allocate", 0, 16)
-        assert error_of(other.call, "copy", 0, (opened, own, 9)).code == fake.INVALID_VALUE
+        assert error_of(other.call, "copy", 0, (opened, own, 9)).code == codes.INVALID_VALUE
         assert other.call("violations") == ["a copy went over the end of an allocation"]
         other.call("close", 0, opened)
 
@@ -692,7 +691,7 @@ class TestTwoProcesses:
     def test_of_which_one_is_the_exporter_itself(self, runtime: FakeRuntime, gpu: Gpu) -> None:
         handle = runtime.export(0, gpu.allocate(b"contents"))
         for opener in (runtime, FakeRuntime([0, 1])):
-            assert error_of(opener.open, 1, handle).code == fake.INVALID_CONTEXT
+            assert error_of(opener.open, 1, handle).code == codes.INVALID_CONTEXT
 
     @pytest.mark.parametrize("handle", [b"", bytes(HANDLE_NBYTES), b"fakegpu\x01"])
     def test_open_nothing_but_handles(self, runtime: FakeRuntime, handle: bytes) -> None:
@@ -767,7 +766,7 @@ class TestFork:
             for use in uses(runtime, gpu, address):
                 error = error_of(use)
                 assert NO_FORK in error.text
-                assert error.code == fake.NOT_INITIALIZED
+                assert error.code == codes.NOT_INITIALIZED
 
         in_child(check)
         assert gpu.read(address, 8) == b"contents"
