@@ -29,6 +29,11 @@ class Agenda:
         """Have `session` looked at soon: it has changed."""
         self._changed[session] = None
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether a session has changed."""
+        return bool(self._changed)
+
     def take(self) -> list[Session]:
         """Return the sessions that have changed, in the order in which they did first."""
         taken, self._changed = list(self._changed), {}

@@ -15,7 +15,7 @@ from ..errors import Failure, ProtocolError, Reason
 from .agenda import Agenda
 from .commands import Command, Greet, Part, Transmit
 from .frames import PROTOCOL_VERSION, Frame, Goodbye, Hello, Packet, clipped, decode, encode
-from .session import Contact, Path, Session, Timing
+from .session import Contact, Path, Session, Timing, sooner
 
 __all__ = ["Endpoint"]
 
@@ -126,6 +126,8 @@ class Endpoint(ABC):
 
     def commands(self, now: float) -> list[Command]:
         """Return what has to be done now, in order. After every input, ask until it is empty."""
+        if not (self._commands or self._contacts or self._agenda.has_changes):
+            return []
         commands = self._next_batch()
         if self._commands:
             return commands  # packets come last: what they speak of is done by then
@@ -140,11 +142,12 @@ class Endpoint(ABC):
 
     def next_deadline(self) -> float | None:
         """Return when :meth:`timer` and :meth:`commands` have to be called again."""
-        deadlines = [self._agenda.next_deadline()]
-        deadlines += [contact.next_deadline() for contact in self._contacts.values()]
+        earliest = self._agenda.next_deadline()
         if self._deadlines:
-            deadlines.append(self._deadlines[0][0])
-        return min((at for at in deadlines if at is not None), default=None)
+            earliest = sooner(earliest, self._deadlines[0][0])
+        for contact in self._contacts.values():
+            earliest = sooner(earliest, contact.next_deadline())
+        return earliest
 
     # What the two kinds of endpoint add.
 

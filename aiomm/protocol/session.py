@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from .frames import PROTOCOL_VERSION, Ack, Frame, Goodbye, Hello, Packet, Ping, Pong, encode
 
-__all__ = ["Contact", "Path", "Session", "Timing"]
+__all__ = ["Contact", "Path", "Session", "Timing", "sooner"]
 
 MAX_EARLY_FRAMES = 256
 MAX_UNACKNOWLEDGED = 8192
@@ -205,11 +205,11 @@ class Session:
 
     def next_deadline(self) -> float | None:
         """Return when :meth:`packets` or :meth:`is_silent` has to be asked again."""
-        deadlines = [self._resend_at, self._acknowledge_at]
+        earliest = sooner(self._resend_at, self._acknowledge_at)
         if self._waits_for_peer() and not self.is_lost:
-            deadlines.append(self._next_ping())
-            deadlines.append(self._last_heard + self._timing.peer_timeout)
-        return min((at for at in deadlines if at is not None), default=None)
+            earliest = sooner(earliest, self._next_ping())
+            earliest = sooner(earliest, self._last_heard + self._timing.peer_timeout)
+        return earliest
 
     def is_silent(self, now: float) -> bool:
         """Somebody waits, and the peer has said nothing for too long."""
@@ -290,3 +290,10 @@ class Session:
         return Packet(
             PROTOCOL_VERSION, self.local_epoch, self.peer_epoch, sequence, self._delivered, frame
         )
+
+
+def sooner(one: float | None, other: float | None) -> float | None:
+    """Return the earlier of two times, either of which may be never."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one if one < other else other

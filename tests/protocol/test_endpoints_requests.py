@@ -72,6 +72,16 @@ class TestTickets:
         assert "is unknown: finished, given up, or never made" in message(pair.sender, generation)
         pair.check_settled()
 
+    def test_a_request_lives_until_it_ends(self) -> None:
+        """Whoever writes into its blocks asks before."""
+        pair = Pair()
+        number = pair.expect()
+        endpoint = pair.receiver.endpoint
+        assert endpoint.is_live(number)
+        pair.give_up(pair.receiver, number)
+        assert not endpoint.is_live(number)
+        assert not endpoint.is_live(number + 1)
+
     def test_a_request_id_is_expected_once(self) -> None:
         """Until it is over; then the id may be used again."""
         pair = Pair()
