@@ -24,6 +24,7 @@ __all__ = [
     "UNSHAREABLE",
     "OneProcess",
     "check_handle",
+    "current_device",
     "current_stream",
     "flat_array",
     "foreign_errors",
@@ -172,6 +173,22 @@ def submit(copies: Sequence[Copy], give: Callable[[Sequence[Copy]], None]) -> No
         if error.code != INVALID_VALUE or len(few) == len(copies):
             raise
         give([copy for copy in copies if copy.nbytes])
+
+
+def current_device() -> int | None:
+    """Return the device of this thread's torch, or else cupy; None if neither is in use.
+
+    Raises:
+        GpuError: cupy finds no CUDA.
+    """
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    cupy = sys.modules.get("cupy")
+    with foreign_errors("current_device"):
+        if hasattr(cuda, "is_initialized") and cuda.is_initialized():  # else half imported
+            return int(cuda.current_device())
+        if cupy is not None:
+            return int(cupy.cuda.Device().id)
+    return None
 
 
 def current_stream(device: int) -> int:

@@ -160,6 +160,11 @@ class CupyRuntime(GpuRuntime):
         """Take back :meth:`pin`."""
         self._call_on(device, "hostUnregister", address)
 
+    def current_device(self) -> int | None:
+        """Return the device that this thread's torch or cupy uses now."""
+        self._process.check()
+        return common.current_device()
+
     def current_stream(self, device: int) -> int:
         """Return the stream on which this thread's torch or cupy works now; 0 is the default."""
         self._process.check()

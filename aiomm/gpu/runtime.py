@@ -153,6 +153,10 @@ class GpuRuntime(ABC):
         """Take back :meth:`pin`. *Blocks*."""
 
     @abstractmethod
+    def current_device(self) -> int | None:
+        """Return the device that this thread's torch or cupy uses; None if neither is in use."""
+
+    @abstractmethod
     def current_stream(self, device: int) -> int:
         """Return the stream on which this thread's torch or cupy works now; 0 is the default."""
 

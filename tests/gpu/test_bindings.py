@@ -329,27 +329,29 @@ def check_arrays() -> None:
     """Streams and arrays come from torch, or else from cupy."""
     runtime = BindingsRuntime()
     sys.modules["torch"] = sys.modules["cupy"] = None  # type: ignore[assignment]
-    assert runtime.current_stream(1) == 0
+    assert (runtime.current_device(), runtime.current_stream(1)) == (None, 0)
     with pytest.raises(ImportError, match="torch"):
         runtime.flat_array(1, 4096, 5, runtime)
     stub: Any = SimpleNamespace(uint8="u1", ndarray=lambda *arguments: arguments)
     stub.cuda = SimpleNamespace(
+        Device=lambda: SimpleNamespace(id=5),
         get_current_stream=lambda device: SimpleNamespace(ptr=device + 50),
         UnownedMemory=lambda *arguments: arguments,
         MemoryPointer=lambda memory, offset: (memory, offset),
     )
     sys.modules["cupy"] = stub
-    assert runtime.current_stream(1) == 51
+    assert (runtime.current_device(), runtime.current_stream(1)) == (5, 51)
     made: Any = runtime.flat_array(1, 4096, 5, runtime)
     assert made == ((5,), "u1", ((4096, 5, runtime, 1), 0)), made
     torch: Any = SimpleNamespace(as_tensor=lambda source, device: (source, device))
     torch.cuda = SimpleNamespace(
         is_available=lambda: True,
         is_initialized=lambda: True,
+        current_device=lambda: 7,
         current_stream=lambda device: SimpleNamespace(cuda_stream=device + 70),
     )
     sys.modules["torch"] = torch
-    assert runtime.current_stream(1) == 71
+    assert (runtime.current_device(), runtime.current_stream(1)) == (7, 71)
     made = runtime.flat_array(1, 4096, 5, runtime)
     source, device = made
     assert (source.owner, device) == (runtime, "cuda:1"), made

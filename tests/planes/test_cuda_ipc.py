@@ -109,6 +109,18 @@ class TestThroughAHandle(CudaIpcContract):
         monkeypatch.setattr(cuda_ipc, "exported_here", lambda offer: None)
         yield from fake_of(AsElsewhere([0, 1]))
 
+    @pytest.mark.parametrize(("current", "device"), [(None, 0), (0, 0), (1, 1)])
+    async def test_tensors_of_the_host_go_by_the_device_that_is_used(
+        self, fake: FakeRuntime, current: int | None, device: int
+    ) -> None:
+        """Another one would cost the process a context; if none is used, by the pool's own."""
+        if current is not None:
+            fake.use_device(current)
+        link = await self.open_link()
+        assert [each.device for each in fake._memory.values() if not each.is_own] == [device]
+        await link.write([whole(random_rows(4, 16), 0)])
+        await link.aclose()
+
     async def test_it_is_opened_once_for_each_device(self, link: Link, fake: FakeRuntime) -> None:
         """All senders of a process share what is open; the last one closes it."""
         second = await link.plane.attach(link.export.offer(PEER))

@@ -216,6 +216,15 @@ class FakeRuntime(GpuRuntime):
         """Do some work on a stream, as a kernel would; 0 is the default stream."""
         self._stream(stream).give(work)
 
+    def current_device(self) -> int | None:
+        """Return the device that :meth:`use_device` has named on this thread, if any."""
+        device: int | None = getattr(self._current, "device", None)
+        return device
+
+    def use_device(self, device: int) -> None:
+        """Work on a device on this thread, as `torch.cuda.set_device` has it."""
+        self._current.device = device
+
     def current_stream(self, device: int) -> int:
         """Return the stream that :meth:`use_stream` has named on this thread."""
         return int(getattr(self._current, "stream", 0))

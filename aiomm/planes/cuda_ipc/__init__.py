@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from functools import partial
 from typing import ClassVar, Self
 
 from ...buffers.arena import Arena
@@ -101,15 +102,20 @@ class CudaIpcPlane(Plane):
             await copies.aclose()
             raise
         try:
-            await remote.open(await copies.run(lambda: _home_of(runtime, decoded.uuid)))
+            current = runtime.current_device()  # of this thread, where the user's torch is
+            home = partial(_home_of, runtime, decoded.uuid, current)
+            await remote.open(await copies.run(home))
         except BaseException:
             await remote.aclose()
             raise
         return remote
 
 
-def _home_of(runtime: GpuRuntime, uuid: bytes) -> int:
-    """Return the device by which the host's tensors get into a pool: its own, where it is seen.
+def _home_of(runtime: GpuRuntime, uuid: bytes, current: int | None) -> int:
+    """Return the device by which the host's tensors get into a pool.
+
+    It is the one that this process works on: another would cost it half a GiB for a context.
+    Else it is the pool's own, where it is seen.
 
     Raises:
         PlaneUnavailable: there is no GPU here.
@@ -120,4 +126,6 @@ def _home_of(runtime: GpuRuntime, uuid: bytes) -> int:
         raise explained(0, exc) from exc
     if not devices:
         raise PlaneUnavailable("cuda_ipc: this process sees no GPU")
+    if current is not None:
+        return current
     return next((device.ordinal for device in devices if device.uuid == uuid), 0)
