@@ -53,7 +53,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert (done.stdout, done.stderr) == ("\n", "")
 
 
-@pytest.mark.parametrize("name", ["demo", "send", "recv", "doctor"])
+@pytest.mark.parametrize("name", ["demo", "send", "recv", "doctor", "bench"])
 def test_every_command_tells_its_exit_codes(name: str) -> None:
     from typer.testing import CliRunner
 

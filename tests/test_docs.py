@@ -74,7 +74,7 @@ def test_the_diagram_of_the_readme_is_the_table_of_states() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["demo", "recv", "send", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "recv", "send", "doctor", "bench"])
 def test_options_of_the_command_line_exist(command: str) -> None:
     """What README tells of a command is in its help."""
     told = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -52,12 +53,26 @@ class ControlChoice(StrEnum):
     AIOZMQ = "aiozmq"
 
 
+class ArrivalChoice(StrEnum):
+    """How the transfers of a benchmark follow each other."""
+
+    BOTH = "both"
+    BACK_TO_BACK = "back-to-back"
+    SPARSE = "sparse"
+
+
 class BindChoice(StrEnum):
     """Which side listens."""
 
     RECEIVER = "receiver"
     SENDER = "sender"
 
+
+ARRIVALS: Mapping[ArrivalChoice, tuple[Literal["back to back", "sparse"], ...]] = {
+    ArrivalChoice.BOTH: ("back to back", "sparse"),
+    ArrivalChoice.BACK_TO_BACK: ("back to back",),
+    ArrivalChoice.SPARSE: ("sparse",),
+}
 
 BindOption = Annotated[
     str | None, typer.Option("--bind", metavar="ADDR", help="Listen here: tcp://HOST:PORT.")
@@ -291,6 +306,77 @@ def doctor(as_json: JsonOption = False) -> None:
     from .doctor import diagnose
 
     finish(diagnose(as_json=as_json, console=console), errors=errors)
+
+
+@app.command(epilog=EXIT_CODES)
+def bench(
+    plane: PlaneOption = PlaneChoice.AUTO,
+    device: Annotated[
+        str, typer.Option(metavar="cpu|cuda:N", help="Where the tensors and the pool lie.")
+    ] = "cpu",
+    sizes: Annotated[
+        str, typer.Option(metavar="SIZE,...", help="Bytes of one transfer.")
+    ] = "64KiB,1MiB,8MiB,64MiB",
+    rounds: Annotated[int, typer.Option(min=1, help="Of each measurement, after 2 more.")] = 15,
+    arrival: Annotated[
+        ArrivalChoice,
+        typer.Option(help="The next at once when one is done, or one every 10 to 30 ms."),
+    ] = ArrivalChoice.BOTH,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=256, help="Over 1: the rate with so many in flight.")
+    ] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Grant half at first; each takes one resume.")
+    ] = False,
+    checksum: Annotated[
+        bool, typer.Option("--checksum", help="Checksum every chunk, and verify it.")
+    ] = False,
+    as_json: JsonOption = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, metavar="FILE.png|svg", help="Draw it, with matplotlib."),
+    ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE.json",
+            help="Draw these rows of other paths too; the form is that of --save.",
+        ),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, metavar="FILE.json", help="Keep the figures."),
+    ] = None,
+) -> None:
+    """Measure transfers between two processes, against a memcpy of the same bytes."""
+    _check_environment()
+    _check_device(device)
+    from ..bench.plan import Plan
+    from .bench import Outputs, measure
+
+    plan = Plan(
+        plane=plane.value,
+        device=device,
+        sizes=_sizes(sizes),
+        rounds=rounds,
+        arrivals=ARRIVALS[arrival],
+        concurrency=concurrency,
+        resume=resume,
+        checksum=checksum,
+    )
+    outputs = Outputs(as_json, plot, peers, save)
+    finish(measure(plan, outputs, console=console, errors=errors), errors=errors)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    from ..bench.plan import size_from
+
+    try:
+        return tuple(dict.fromkeys(size_from(each) for each in text.split(",")))
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--sizes") from exc
 
 
 def _check_environment() -> None:

@@ -1,0 +1,1 @@
+"""The benchmark: how long a granted transfer takes, against the copy that cannot be avoided."""
