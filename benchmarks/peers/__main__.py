@@ -43,7 +43,7 @@ from .report import raw, summary, table
 
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 SIZES = "64KiB,1MiB,8MiB,64MiB"
-BACK_TO_BACK, SPARSE = "back-to-back", "sparse"
+BACK_TO_BACK, SPARSE = "back to back", "sparse"
 WARMING, COUNTED = 3, 3
 """Transfers directly after each other, of a round of `back-to-back`."""
 PAUSE_SECONDS = (0.010, 0.030)
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--only", help="paths, with commas between them; both floors always run")
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--arrival", choices=["both", BACK_TO_BACK, SPARSE], default="both")
+    parser.add_argument("--arrival", choices=["both", "back-to-back", "sparse"], default="both")
     parser.add_argument("--save", type=Path, help="write machine, rows and raw seconds as JSON")
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else list(PATHS)
@@ -179,7 +179,8 @@ def main() -> None:
         sizes = {text: size_of(text) for text in options.sizes.split(",")}
     except ValueError as exc:
         parser.error(str(exc))
-    arrivals = [BACK_TO_BACK, SPARSE] if options.arrival == "both" else [options.arrival]
+    both = [BACK_TO_BACK, SPARSE]
+    arrivals = both if options.arrival == "both" else [options.arrival.replace("-", " ")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     load_before = os.getloadavg()[0]
     names = list(dict.fromkeys([MEMCPY, FLOOR, *wanted]))
