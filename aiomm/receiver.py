@@ -15,6 +15,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from functools import cached_property
 from secrets import token_bytes
 from types import TracebackType
 from typing import Any, Self
@@ -71,8 +72,12 @@ class Lease(Mapping[str, Array]):
         self.num_tokens = transfer.transferred_tokens
         self.buffered_chunks = tuple(transfer.chunks)
         """Tokens that arrived under each grant."""
-        self.stats = _stats(delivery, driver.schema)
         driver.take(delivery)
+
+    @cached_property
+    def stats(self) -> TransferStats:
+        """Plane, bytes, chunks, and the seconds in each state."""
+        return _stats(self._delivery, self._driver.schema)
 
     @property
     def is_view(self) -> bool:

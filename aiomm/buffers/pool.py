@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 from ..types import Allocation, Extent
@@ -70,7 +70,8 @@ class BlockPool:
     Args:
         num_blocks: blocks of the pool, numbered from 0.
         block_size: tokens per block.
-        free_blocks: the free list, oldest first; all blocks in ascending order if not given.
+        free_blocks: the free list, what is taken first first; all blocks in ascending order if
+            not given.
             Blocks left out are somebody else's: never handed out, counted nowhere.
 
     Raises:
@@ -90,12 +91,13 @@ class BlockPool:
         self.capacity = len(first)
         """Blocks that can ever be handed out."""
         self._live: dict[int, _Live] = {}  # by id(allocation), which _Live keeps alive
-        # The free list twice: block -> time of freeing, in that order; and as runs.
-        self._free: OrderedDict[int, int] = OrderedDict()  # oldest first in constant time
+        # The free list twice: block -> its place, in that order; and as runs.
+        self._free: OrderedDict[int, int] = OrderedDict(zip(first, count()))
+        self._front = 0
         self._free_runs = FreeRuns(num_blocks)
-        self._time = 0
+        for run in grouped(first):
+            self._free_runs.add(run)
         self._counts = dict.fromkeys(BlockState, 0)
-        self._append_to_free_list(first)
 
     # What is there
 
@@ -132,8 +134,8 @@ class BlockPool:
     def allocate(self, num_blocks: int, *, num_tokens: int | None = None) -> Allocation | None:
         """Take blocks off the free list; None when not enough are free.
 
-        The oldest free blocks are taken when they form one run as a set, else the shortest
-        free run that is long enough, else the fewest runs.
+        Those at its front are taken when they form one run as a set, else the shortest free run
+        that is long enough, else the fewest runs.
 
         Args:
             num_blocks: how many; 0 gives an empty allocation.
@@ -156,14 +158,17 @@ class BlockPool:
         return allocation
 
     def free(self, allocation: Allocation) -> None:
-        """Put all blocks of `allocation` at the end of the free list.
+        """Put all blocks of `allocation` at the front of the free list, in their order.
+
+        What was used last is used first: it may still be in the caches, and the blocks that a
+        pool never needs stay together.
 
         Raises:
             PoolError: it is not live: a double free, or a foreign one.
         """
         self._move("free", allocation)
         self._leave(allocation)
-        self._append_to_free_list(allocation.block_indices)
+        self._put_in_front(allocation.block_indices)
 
     def fill(self, allocation: Allocation) -> None:
         """Note that all tokens of a granted allocation have arrived.
@@ -235,7 +240,7 @@ class BlockPool:
             num_tokens,
             state,
         )
-        self._append_to_free_list([b for b in allocation.block_indices if b not in kept])
+        self._put_in_front([b for b in allocation.block_indices if b not in kept])
         return smaller
 
     def reallocate(self, allocation: Allocation, num_tokens: int) -> Allocation:
@@ -268,9 +273,9 @@ class BlockPool:
 
     def _choose(self, num_blocks: int) -> Sequence[int]:
         """Name free blocks, in the order of the free list; there are enough of them."""
-        oldest = list(islice(self._free, num_blocks))
-        if not oldest or max(oldest) - min(oldest) + 1 == num_blocks:
-            return oldest
+        first = list(islice(self._free, num_blocks))
+        if not first or max(first) - min(first) + 1 == num_blocks:
+            return first
         run = self._free_runs.shortest(num_blocks)
         chosen = list(run[:num_blocks]) if run is not None else self._fewest_runs(num_blocks)
         return sorted(chosen, key=self._free.__getitem__)
@@ -282,10 +287,11 @@ class BlockPool:
             blocks += next(runs)[: num_blocks - len(blocks)]
         return blocks
 
-    def _append_to_free_list(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            self._free[block] = self._time
-            self._time += 1
+    def _put_in_front(self, blocks: Sequence[int]) -> None:
+        for block in reversed(blocks):
+            self._front -= 1
+            self._free[block] = self._front
+            self._free.move_to_end(block, last=False)
         for run in grouped(blocks):
             self._free_runs.add(run)
 

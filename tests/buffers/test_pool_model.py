@@ -122,7 +122,7 @@ class PoolModel(RuleBasedStateMachine):
     def give_back(self, data: st.DataObject) -> None:
         allocation, _ = self.pick(data, GRANTED, FILLED, LEASED, QUARANTINED)
         self.pool.free(allocation)
-        self.free += allocation.block_indices
+        self.free = [*allocation.block_indices, *self.free]
 
     @precondition(in_state(GRANTED, FILLED))
     @rule(data=st.data(), more=st.integers(1, 20))
@@ -147,7 +147,8 @@ class PoolModel(RuleBasedStateMachine):
         keep = int(part * allocation.num_tokens)
         smaller = self.pool.trim(allocation, keep)
         assert tokens_of(smaller) == tokens_of(allocation)[:keep]
-        self.free += [b for b in allocation.block_indices if b not in smaller.block_indices]
+        freed = [b for b in allocation.block_indices if b not in smaller.block_indices]
+        self.free = [*freed, *self.free]
         self.enter(smaller, state)
 
     @precondition(in_state(GRANTED))
@@ -160,7 +161,7 @@ class PoolModel(RuleBasedStateMachine):
             assert other is allocation
         else:
             assert other.num_tokens == num_tokens
-            self.free += allocation.block_indices
+            self.free = [*allocation.block_indices, *self.free]
         self.enter(other, GRANTED)
 
     @precondition(lambda self: hasattr(self, "pool"))
