@@ -59,6 +59,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.latency
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.two_hosts
 	$(BIN)/python -m benchmarks.strangers
 
