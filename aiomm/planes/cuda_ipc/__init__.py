@@ -9,7 +9,6 @@ pool it asks every sender to close it, and waits.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from functools import partial
 from typing import ClassVar, Self
@@ -71,7 +70,11 @@ class CudaIpcPlane(Plane):
         """
         if not isinstance(arena, CudaArena):
             raise PlaneUnavailable(f"cuda_ipc: writes into a GPU's memory, not {arena.device}")
-        export = await asyncio.to_thread(CudaExport, arena)
+        copies = Copies(self._thread)
+        try:
+            export = await copies.run(partial(CudaExport, arena))
+        finally:
+            await copies.aclose()
         await export.open()
         return export
 
@@ -86,9 +89,9 @@ class CudaIpcPlane(Plane):
         reason = self.unusable()
         if reason is not None:
             raise PlaneUnavailable(f"cuda_ipc: {reason}")
-        runtime = await asyncio.to_thread(gpu_runtime)
         copies = Copies(self._thread)
         try:
+            runtime = await copies.run(gpu_runtime)
             local = exported_here(decoded)
             if local is None:
                 invitation = decoded.invitation
