@@ -8,12 +8,16 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import pytest
 
 import aiomm
+from aiomm._driver.routes import find_route
+from aiomm.planes.base import GrantKey, RemoteArena, Run
+from aiomm.planes.memory import MemoryPlane
+from aiomm.protocol import frames
 from tests.conftest import resources
 from tests.processes import (
     DEADLINE,
@@ -219,3 +223,53 @@ def test_endpoints_that_are_forgotten_do_not_hang_the_garbage_collector(ending: 
         [sys.executable, "-c", FORGETFUL, ending], capture_output=True, text=True, timeout=DEADLINE
     )
     assert (run.returncode, run.stdout) == (0, "collected\n"), run.stderr
+
+
+class SlowToDetach(MemoryPlane):
+    """A plane whose probe fails, and whose arenas close when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_closing, self.may_close, self.is_closed = (asyncio.Event() for _ in range(3))
+
+    async def attach(self, offer: bytes) -> RemoteArena:
+        return SlowToClose(self)
+
+
+class SlowToClose(RemoteArena):
+    """What it attaches."""
+
+    def __init__(self, plane: SlowToDetach) -> None:
+        self.plane = plane
+
+    async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
+        raise aiomm.PlaneUnavailable("no")
+
+    async def aclose(self) -> None:
+        self.plane.is_closing.set()
+        await self.plane.may_close.wait()
+        self.plane.is_closed.set()
+
+
+async def test_a_search_cancelled_twice_while_it_detaches() -> None:
+    plane = SlowToDetach()
+    fields = (frames.FieldSpec("x", "float32", (4,)),)
+    hello = frames.Hello(
+        "receiver",
+        "r",
+        fields,
+        pool_tokens=128,
+        num_probes=1,
+        planes=(frames.PlaneOffer(plane.name, b"offer"),),
+    )
+    finding = find_route(hello, [plane], strict=True, probe=lambda *_: asyncio.Future())
+    search = asyncio.ensure_future(finding)
+    await plane.is_closing.wait()
+    for _ in range(2):
+        search.cancel()
+        await asyncio.wait([search], timeout=0.01)
+        assert not search.done()
+    plane.may_close.set()
+    await asyncio.wait([search])
+    assert search.cancelled()
+    assert plane.is_closed.is_set()

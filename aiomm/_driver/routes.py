@@ -105,6 +105,20 @@ async def _try(
         if not await probe(plane.name, nonce):
             raise PlaneUnavailable("what was written did not arrive in the receiver's pool")
     except BaseException:
-        await arena.aclose()
+        await _close(arena)
         raise
     return arena
+
+
+async def _close(arena: RemoteArena) -> None:
+    """Close `arena` to the end, however often this search is cancelled while it does."""
+    closing = asyncio.ensure_future(arena.aclose())
+    cancelled = None
+    while not closing.done():
+        try:
+            await asyncio.wait([closing])
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    closing.result()
+    if cancelled is not None:
+        raise cancelled
