@@ -12,8 +12,8 @@ from rich.console import Console
 
 from .. import __version__
 from ..config import ReceiverSettings, SenderSettings, settings_from
-from ..gpu.choice import device_ordinal
 from ..types import Field, Schema
+from .device import ensure_well_formed
 from .endpoint import EndpointOptions
 from .running import Exit, fail, finish
 
@@ -156,7 +156,7 @@ def demo(
 ) -> None:
     """Move requests between a language and an encoder process, and compare every byte."""
     _check_environment()
-    _check_device(device)
+    ensure_well_formed(device)
     from ..demo.messages import Options
     from .demo import demonstrate
 
@@ -352,7 +352,7 @@ def bench(
 ) -> None:
     """Measure transfers between two processes, against a memcpy of the same bytes."""
     _check_environment()
-    _check_device(device)
+    ensure_well_formed(device)
     from ..bench.plan import Plan
     from .bench import Outputs, measure
 
@@ -385,14 +385,6 @@ def _check_environment() -> None:
         settings_from(SenderSettings, {})
     except ValueError as exc:
         raise fail(str(exc), Exit.USAGE, errors=errors) from None
-
-
-def _check_device(device: str) -> None:
-    try:
-        if device != "cpu":
-            device_ordinal(device)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc), param_hint="--device") from exc
 
 
 def _check_endpoint(endpoint: EndpointOptions) -> None:

@@ -16,9 +16,8 @@ from ..bench.plan import Plan
 from ..bench.plot import FORMATS, draw
 from ..bench.processes import BenchBroke, run_bench
 from ..bench.results import Peer, Results, machine, peers_from
-from ..errors import PlaneUnavailable
-from ..gpu.choice import check_device, device_ordinal, gpu_runtime
 from .bench_view import BenchProgress, machine_line, show_results
+from .device import ensure_present
 from .running import Exit, Unusable, fail
 
 __all__ = ["Outputs", "measure"]
@@ -41,8 +40,7 @@ async def measure(plan: Plan, outputs: Outputs, *, console: Console, errors: Con
         typer.Exit: it broke, which has been told.
     """
     peers = _checked(plan, outputs)
-    if plan.device != "cpu":
-        await asyncio.to_thread(_check_device, plan.device)
+    await ensure_present(plan.device)
     try:
         with BenchProgress(plan, errors) as progress:
             results = await run_bench(plan, progress.heard)
@@ -85,14 +83,6 @@ def _is_installed(package: str) -> bool:
         return find_spec(package) is not None
     except ValueError:  # blocked: sys.modules holds None for it
         return False
-
-
-def _check_device(device: str) -> None:
-    """Find out before two processes do."""
-    try:
-        check_device(gpu_runtime(), device_ordinal(device))
-    except PlaneUnavailable as exc:
-        raise Unusable(exc.message) from exc
 
 
 def _write(

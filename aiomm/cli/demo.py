@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from importlib.util import find_spec
 
 import msgspec
@@ -10,9 +9,8 @@ from rich.console import Console
 
 from ..demo.messages import Options
 from ..demo.processes import run_demo
-from ..errors import PlaneUnavailable
-from ..gpu.choice import check_device, device_ordinal, gpu_runtime
 from .demo_view import DemoProgress, show_report
+from .device import ensure_present
 from .running import Exit, Unusable
 
 __all__ = ["demonstrate"]
@@ -30,8 +28,7 @@ async def demonstrate(
         raise Unusable("--image needs python -m pip install 'aiomm[vision]'")
     if options.control == "aiozmq" and not find_spec("aiozmq"):
         raise Unusable("--control aiozmq needs python -m pip install 'aiomm[aiozmq]'")
-    if options.device != "cpu":
-        await asyncio.to_thread(_check_device, options.device)
+    await ensure_present(options.device)
     with DemoProgress(options, errors) as progress:
         report = await run_demo(options, progress.heard)
     if as_json:
@@ -39,11 +36,3 @@ async def demonstrate(
     else:
         show_report(report, console)
     return Exit.OK if report.verified else Exit.FAILED
-
-
-def _check_device(device: str) -> None:
-    """Find out before two processes do."""
-    try:
-        check_device(gpu_runtime(), device_ordinal(device))
-    except PlaneUnavailable as exc:
-        raise Unusable(exc.message) from exc
