@@ -128,7 +128,7 @@ def test_the_tree_of_errors() -> None:
     """Every error is an AiommError; two are also what Python calls such a thing."""
     errors = [
         each
-        for each in map(vars(aiomm).get, NAMES)
+        for each in (getattr(aiomm, name) for name in NAMES)
         if isinstance(each, type) and issubclass(each, aiomm.AiommError)
     ]
     assert len(errors) == 9
