@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from . import common
-from .runtime import HANDLE_NBYTES, UUID_NBYTES, Copy, Device, GpuError, GpuRuntime
+from .runtime import HANDLE_NBYTES, UUID_NBYTES, Copy, Device, GpuError
 
 __all__ = ["BindingsRuntime"]
 
@@ -30,7 +30,7 @@ UNKNOWN_CODE = re.compile(r"(\d+)(?: is not a valid CUresult)?")
 """How cuda-bindings reports an error of a driver that is newer than it is: KeyError, ValueError."""
 
 
-class BindingsRuntime(GpuRuntime):
+class BindingsRuntime(common.CudaRuntime):
     """CUDA by `cuda.bindings.driver`. Only a call loads the driver and initialises it.
 
     Raises:
@@ -40,11 +40,11 @@ class BindingsRuntime(GpuRuntime):
     name: ClassVar[str] = "bindings"
 
     def __init__(self) -> None:
+        super().__init__()
         self._cuda: Any = importlib.import_module("cuda.bindings.driver")
         self._version = str(importlib.import_module("cuda.bindings").__version__)
         if _numbers(self._version) < FIRST_VERSION:
             raise ImportError(f"cuda-bindings {self._version} holds the GIL: 12.9.1 is needed")
-        self._process = common.OneProcess()
         self._lock = threading.Lock()
         self._is_initialised = False
         self._devices: Sequence[Device] | None = None
@@ -171,21 +171,6 @@ class BindingsRuntime(GpuRuntime):
     def unpin(self, device: int, address: int) -> None:
         """Take back :meth:`pin`."""
         self._call_on(device, "cuMemHostUnregister", address)
-
-    def current_device(self) -> int | None:
-        """Return the device that this thread's torch or cupy uses now."""
-        self._process.check()
-        return common.current_device()
-
-    def current_stream(self, device: int) -> int:
-        """Return the stream on which this thread's torch or cupy works now; 0 is the default."""
-        self._process.check()
-        return common.current_stream(device)
-
-    def flat_array(self, device: int, address: int, nbytes: int, owner: object) -> object:
-        """Return bytes of a device as a `[nbytes]` array of uint8, not copied."""
-        self._process.check()
-        return common.flat_array(device, address, nbytes, owner)
 
     def _give(self, stream: int, copies: Sequence[Copy]) -> None:
         if self._is_batch(stream, copies):

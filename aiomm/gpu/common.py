@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .runtime import HANDLE_NBYTES, Copy, GpuError
+from .runtime import HANDLE_NBYTES, Copy, GpuError, GpuRuntime
 
 __all__ = [
     "INVALID_CONTEXT",
@@ -22,11 +22,8 @@ __all__ = [
     "NO_IPC",
     "SAME_PID",
     "UNSHAREABLE",
-    "OneProcess",
+    "CudaRuntime",
     "check_handle",
-    "current_device",
-    "current_stream",
-    "flat_array",
     "foreign_errors",
     "hint",
     "is_sticky",
@@ -175,38 +172,6 @@ def submit(copies: Sequence[Copy], give: Callable[[Sequence[Copy]], None]) -> No
         give([copy for copy in copies if copy.nbytes])
 
 
-def current_device() -> int | None:
-    """Return the device of this thread's torch, or else cupy; None if neither is in use.
-
-    Raises:
-        GpuError: cupy finds no CUDA.
-    """
-    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
-    cupy = sys.modules.get("cupy")
-    with foreign_errors("current_device"):
-        if hasattr(cuda, "is_initialized") and cuda.is_initialized():  # else half imported
-            return int(cuda.current_device())
-        if cupy is not None:
-            return int(cupy.cuda.Device().id)
-    return None
-
-
-def current_stream(device: int) -> int:
-    """Return the stream of this thread's torch, or else cupy; 0 if neither is in use.
-
-    Raises:
-        GpuError: cupy finds no CUDA.
-    """
-    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
-    cupy = sys.modules.get("cupy")
-    with foreign_errors("current_stream"):
-        if hasattr(cuda, "is_initialized") and cuda.is_initialized():  # else half imported
-            return int(cuda.current_stream(device).cuda_stream)
-        if cupy is not None:
-            return int(cupy.cuda.get_current_stream(device).ptr)
-    return 0
-
-
 class DeviceBytes:
     """Memory of a device, as torch wants to hear of it. Keeps `owner` alive."""
 
@@ -221,22 +186,61 @@ class DeviceBytes:
         }
 
 
-def flat_array(device: int, address: int, nbytes: int, owner: object) -> object:
-    """Return bytes of a device as a `[nbytes]` array of uint8, of torch or else of cupy.
+class CudaRuntime(GpuRuntime):
+    """What the runtimes of CUDA share: arrays and streams are those of torch or cupy."""
 
-    Raises:
-        ImportError: there is no cupy, and no torch that knows CUDA.
-        GpuError: they find no CUDA, or no memory of it at `address`.
-    """
-    with foreign_errors("flat_array"):
-        torch = _imported("torch")
-        if torch is not None and torch.cuda.is_available():
-            return torch.as_tensor(DeviceBytes(address, nbytes, owner), device=f"cuda:{device}")
-        cupy = _imported("cupy")
-        if cupy is None:
-            raise ImportError("arrays on a GPU need torch, built for CUDA, or cupy")
-        memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
-        return cupy.ndarray((nbytes,), cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))
+    def __init__(self) -> None:
+        self._process = OneProcess()
+
+    def current_device(self) -> int | None:
+        """Return the device of this thread's torch, or else cupy; None if neither is in use.
+
+        Raises:
+            GpuError: cupy finds no CUDA, or this is a forked child.
+        """
+        cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+        cupy = sys.modules.get("cupy")
+        self._process.check()
+        with foreign_errors("current_device"):
+            if hasattr(cuda, "is_initialized") and cuda.is_initialized():  # else half imported
+                return int(cuda.current_device())
+            if cupy is not None:
+                return int(cupy.cuda.Device().id)
+        return None
+
+    def current_stream(self, device: int) -> int:
+        """Return the stream of this thread's torch, or else cupy; 0 if neither is in use.
+
+        Raises:
+            GpuError: cupy finds no CUDA, or this is a forked child.
+        """
+        cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+        cupy = sys.modules.get("cupy")
+        self._process.check()
+        with foreign_errors("current_stream"):
+            if hasattr(cuda, "is_initialized") and cuda.is_initialized():  # else half imported
+                return int(cuda.current_stream(device).cuda_stream)
+            if cupy is not None:
+                return int(cupy.cuda.get_current_stream(device).ptr)
+        return 0
+
+    def flat_array(self, device: int, address: int, nbytes: int, owner: object) -> object:
+        """Return bytes of a device as a `[nbytes]` array of uint8, of torch or else of cupy.
+
+        Raises:
+            ImportError: there is no cupy, and no torch that knows CUDA.
+            GpuError: no CUDA, no memory of it at `address`, or this is a forked child.
+        """
+        self._process.check()
+        with foreign_errors("flat_array"):
+            torch = _imported("torch")
+            if torch is not None and torch.cuda.is_available():
+                return torch.as_tensor(DeviceBytes(address, nbytes, owner), device=f"cuda:{device}")
+            cupy = _imported("cupy")
+            if cupy is None:
+                raise ImportError("arrays on a GPU need torch, built for CUDA, or cupy")
+            memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
+            return cupy.ndarray((nbytes,), cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))
 
 
 def _imported(name: str) -> Any:

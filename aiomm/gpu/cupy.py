@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from . import common
-from .runtime import UUID_NBYTES, Copy, Device, GpuError, GpuRuntime
+from .runtime import UUID_NBYTES, Copy, Device, GpuError
 
 __all__ = ["CupyRuntime"]
 
@@ -25,7 +25,7 @@ PORTABLE = 1
 NO_UUID = "this cupy does not tell the UUID of a device, without which its peers cannot know it"
 
 
-class CupyRuntime(GpuRuntime):
+class CupyRuntime(common.CudaRuntime):
     """CUDA by `cupy.cuda.runtime`, of cupy 13 or later.
 
     Raises:
@@ -35,11 +35,11 @@ class CupyRuntime(GpuRuntime):
     name: ClassVar[str] = "cupy"
 
     def __init__(self) -> None:
+        super().__init__()
         cupy = importlib.import_module("cupy")
         self._cuda: Any = cupy.cuda.runtime
         self._driver: Any = cupy.cuda.driver
         self._version = str(cupy.__version__)
-        self._process = common.OneProcess()
         self._lock = threading.Lock()
         self._devices: Sequence[Device] | None = None
         self._allocations: set[int] = set()
@@ -159,21 +159,6 @@ class CupyRuntime(GpuRuntime):
     def unpin(self, device: int, address: int) -> None:
         """Take back :meth:`pin`."""
         self._call_on(device, "hostUnregister", address)
-
-    def current_device(self) -> int | None:
-        """Return the device that this thread's torch or cupy uses now."""
-        self._process.check()
-        return common.current_device()
-
-    def current_stream(self, device: int) -> int:
-        """Return the stream on which this thread's torch or cupy works now; 0 is the default."""
-        self._process.check()
-        return common.current_stream(device)
-
-    def flat_array(self, device: int, address: int, nbytes: int, owner: object) -> object:
-        """Return bytes of a device as a `[nbytes]` array of uint8, not copied."""
-        self._process.check()
-        return common.flat_array(device, address, nbytes, owner)
 
     def _give(self, stream: int, copies: Sequence[Copy]) -> None:
         kind = self._cuda.memcpyDefault
