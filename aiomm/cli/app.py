@@ -91,6 +91,9 @@ FieldOption = Annotated[
 TimeoutOption = Annotated[
     float, typer.Option(min=0.001, metavar="SECONDS", help="For each transfer, from its start.")
 ]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="cpu|cuda:N", help="Where the tensors and the pool lie.")
+]
 PlaneOption = Annotated[PlaneChoice, typer.Option(help="How bytes move.")]
 KeyFileOption = Annotated[
     str | None,
@@ -109,6 +112,15 @@ AdvertiseOption = Annotated[
 ]
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Allow addresses off this host without keys.")
+]
+PeersOption = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        metavar="FILE.json",
+        help="Draw these rows of other paths too; the form is that of --save.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -138,9 +150,7 @@ def demo(
     default_blocks: Annotated[int, typer.Option(min=1, help="Reserved at first.")] = 8,
     pool_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the pool.")] = 64,
     plane: PlaneOption = PlaneChoice.AUTO,
-    device: Annotated[
-        str, typer.Option(metavar="cpu|cuda:N", help="Where the tensors and the pool lie.")
-    ] = "cpu",
+    device: DeviceOption = "cpu",
     control: Annotated[
         ControlChoice, typer.Option(help="How control frames move.")
     ] = ControlChoice.AUTO,
@@ -311,9 +321,7 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command(epilog=EXIT_CODES)
 def bench(
     plane: PlaneOption = PlaneChoice.AUTO,
-    device: Annotated[
-        str, typer.Option(metavar="cpu|cuda:N", help="Where the tensors and the pool lie.")
-    ] = "cpu",
+    device: DeviceOption = "cpu",
     sizes: Annotated[
         str, typer.Option(metavar="SIZE,...", help="Bytes of one transfer.")
     ] = "64KiB,1MiB,8MiB,64MiB",
@@ -336,15 +344,7 @@ def bench(
         Path | None,
         typer.Option(dir_okay=False, metavar="FILE.png|svg", help="Draw it, with matplotlib."),
     ] = None,
-    peers: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            metavar="FILE.json",
-            help="Draw these rows of other paths too; the form is that of --save.",
-        ),
-    ] = None,
+    peers: PeersOption = None,
     save: Annotated[
         Path | None,
         typer.Option(dir_okay=False, metavar="FILE.json", help="Keep the figures."),
