@@ -467,9 +467,8 @@ class TestFaults:
     def test_a_copy_that_fails_loses_the_device(self) -> None:
         runtime = FakeRuntime(faults=FakeFaults(fail_at=3))
         gpu = Gpu(runtime)
-        address, stream = gpu.allocate(b"contents"), runtime.make_stream(0)
-        kept = gpu.allocate(b"retained")
-        runtime.copy(0, stream, [Copy(address, kept, 8)])  # asynchronously: no error yet
+        address, kept = gpu.allocate(b"contents"), gpu.allocate(b"retained")
+        runtime.copy(0, gpu.stream, [Copy(address, kept, 8)])  # asynchronously: no error yet
         assert error_of(gpu.finish).text == LOST
         calls: list[Callable[[], object]] = [
             lambda: runtime.allocate(0, 8),
