@@ -121,7 +121,7 @@ def _about(gpus: dict[str, Any]) -> dict[str, Any]:
 
     where = machine()
     return {
-        "command": " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.gpu" + (" --quick" if options.is_quick else ""),
         "date": where["date"],
         "machine": where,
         "gpus": [device["name"] for device in gpus["devices"]],
