@@ -27,7 +27,7 @@ from ..errors import AiommError, Failure, PoolClosed, Reason
 from ..protocol.commands import Command, Greet, Part, Transmit
 from ..protocol.endpoint import Endpoint
 from ..protocol.frames import PROTOCOL_VERSION, Packet, Ping, encode
-from ..protocol.session import Path
+from ..protocol.session import NEVER, Path
 
 __all__ = ["Driver", "new_epoch"]
 
@@ -71,7 +71,7 @@ class Driver(Generic[_Endpoint]):
         """The peer's epoch behind each path that a packet has come through."""
         self._complained: set[Path] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at: float | None = None
+        self._timer_at = NEVER
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_pumping = False
         self._starting: asyncio.Task[None] | None = None
@@ -208,9 +208,8 @@ class Driver(Generic[_Endpoint]):
 
     # Inputs.
 
-    def now(self) -> float:
-        """Return the time. Not the loop's: uvloop's stands still within a turn, in whole ms."""
-        return time.monotonic()
+    now = staticmethod(time.monotonic)
+    """Return the time. Not the loop's: uvloop's stands still within a turn, in whole ms."""
 
     def packet_received(self, channel: Channel, peer: Peer, packet: bytes) -> None:
         """Take a packet from a channel."""
@@ -307,8 +306,8 @@ class Driver(Generic[_Endpoint]):
 
     def _carry_out(self, command: Command) -> None:
         match command:
-            case Transmit(Path(_, Channel() as channel, peer), packet):
-                channel.send(peer, packet)
+            case Transmit(path, packet):
+                path.channel.send(path.peer, packet)
             case Greet(peer, hello):
                 logger.debug("= %s has a link with %s", self.name, hello.name)
                 if hello.role == "receiver" and hello.stream and self.stream is not None:
@@ -354,9 +353,7 @@ class Driver(Generic[_Endpoint]):
 
     def _arm_timer(self) -> None:
         at = self.endpoint.next_deadline()
-        if at is None or self._is_finished:
-            self._stop_timer()
-        elif self._timer_at is None or at < self._timer_at:
+        if at < self._timer_at:
             self._stop_timer()
             self._timer_at = at
             self._timer = self.loop.call_later(max(0.0, at - self.now()), self._timer_fired)
@@ -364,10 +361,10 @@ class Driver(Generic[_Endpoint]):
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer, self._timer_at = None, None
+        self._timer, self._timer_at = None, NEVER
 
     def _timer_fired(self) -> None:
-        self._timer, self._timer_at = None, None
+        self._timer, self._timer_at = None, NEVER
         self.endpoint.timer(self.now())
         self.pump()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from aiomm.control.base import Channel, Handler, Peer
 
@@ -21,20 +20,26 @@ class Delivery:
 
     def packet(self, peer: Peer, packet: bytes) -> None:
         """Deliver one whole packet."""
-        self._guard(peer, lambda: self._handler.packet_received(self._channel, peer, packet))
+        try:
+            self._handler.packet_received(self._channel, peer, packet)
+        except Exception:
+            self._log(peer)
 
     def lost(self, peer: Peer, cause: str) -> None:
         """Report that `peer` is gone."""
-        self._guard(peer, lambda: self._handler.peer_lost(self._channel, peer, cause))
+        try:
+            self._handler.peer_lost(self._channel, peer, cause)
+        except Exception:
+            self._log(peer)
 
     def died(self, peer: Peer) -> None:
         """Report that the process of `peer` is dead."""
-        self._guard(peer, lambda: self._handler.peer_died(self._channel, peer))
-
-    def _guard(self, peer: Peer, call: Callable[[], None]) -> None:
-        # The one place where every exception is caught: whatever a handler does wrong with one
-        # packet, the next packet and the other peers must still be served.
         try:
-            call()
+            self._handler.peer_died(self._channel, peer)
         except Exception:
-            _logger.exception("! handler failed on %s; the packet is lost", peer)
+            self._log(peer)
+
+    # Every exception ends here: whatever a handler does wrong with one packet, the next packet
+    # and the other peers must still be served.
+    def _log(self, peer: Peer) -> None:
+        _logger.exception("! handler failed on %s; it goes on with the next call", peer)

@@ -8,9 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import msgspec
+
 from ..errors import Failure
 from ..types import Allocation, Extent, TransferId
 from .frames import Frame, Hello
+from .session import Path
 
 __all__ = [
     "Command",
@@ -40,15 +43,13 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class SendFrame:
+class SendFrame(msgspec.Struct, frozen=True):
     """Queue a frame on the link of the transfer. The endpoint does it; no driver sees this."""
 
     frame: Frame
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(msgspec.Struct, frozen=True):
     """Sender: write tokens from `start` on into `extents`. Ends in WriteFinished or WriteFailed."""
 
     transfer: TransferId
@@ -57,29 +58,25 @@ class Write:
     extents: tuple[Extent, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Quiesce:
+class Quiesce(msgspec.Struct, frozen=True):
     """Sender: wait until nothing of the failed write can land. Ends in Drained."""
 
     transfer: TransferId
 
 
-@dataclass(frozen=True, slots=True)
-class Tell:
+class Tell(msgspec.Struct, frozen=True):
     """Sender: tell the user that the transfer has entered another state."""
 
     transfer: TransferId
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(msgspec.Struct, frozen=True):
     """Sender: tell the user that the transfer is done."""
 
     transfer: TransferId
 
 
-@dataclass(frozen=True, slots=True)
-class Reserve:
+class Reserve(msgspec.Struct, frozen=True):
     """Receiver: reserve blocks, waiting for them in turn. Ends in Reserved (or Unreserve).
 
     `claimed`: a sender waits; only then is it answered, until then it is a soft hold. The same
@@ -91,8 +88,7 @@ class Reserve:
     claimed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ReserveRest:
+class ReserveRest(msgspec.Struct, frozen=True):
     """Receiver: reserve all of this now or nothing. Ends in Reserved or Refused, at once."""
 
     number: int
@@ -101,15 +97,13 @@ class ReserveRest:
     """The allocation to extend, if the blocks behind it are free."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unreserve:
+class Unreserve(msgspec.Struct, frozen=True):
     """Receiver: give up what Reserve asked for."""
 
     number: int
 
 
-@dataclass(frozen=True, slots=True)
-class Permit:
+class Permit(msgspec.Struct, frozen=True):
     """Receiver: let the sender of `transfer` write these extents under this grant."""
 
     number: int
@@ -118,24 +112,21 @@ class Permit:
     extents: tuple[Extent, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Quarantine:
+class Quarantine(msgspec.Struct, frozen=True):
     """Receiver: a write may still land here. Drained follows, whoever can prove it."""
 
     number: int
     allocations: tuple[Allocation, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True):
     """Receiver: no write can land here any more and nobody reads it: the blocks are free."""
 
     number: int
     allocations: tuple[Allocation, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Verify:
+class Verify(msgspec.Struct, frozen=True):
     """Receiver: see that the tokens in `extents` are in their place, and right.
 
     Copy them there if the plane has put them elsewhere, and compare their checksum if there is
@@ -148,8 +139,7 @@ class Verify:
     plane: str
 
 
-@dataclass(frozen=True, slots=True)
-class MoveOut:
+class MoveOut(msgspec.Struct, frozen=True):
     """Receiver: copy the tokens in `extents` out of the pool (rule 3). Ends in MovedOut."""
 
     number: int
@@ -157,8 +147,7 @@ class MoveOut:
     total: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Join:
+class Join(msgspec.Struct, frozen=True):
     """Receiver: copy the last tokens, in `extents`, behind those moved out. Ends in Joined."""
 
     number: int
@@ -166,8 +155,7 @@ class Join:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):
     """Receiver: hand the finished transfer to the user, who owns `allocations` from now on.
 
     `extents` is one run, or empty where the tensors stand outside the pool.
@@ -188,31 +176,27 @@ class Fail:
     """The states that the transfer passed, with seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Serve:
+class Serve(msgspec.Struct, frozen=True):
     """Sender: a receiver redeems the offer `request_id`: its tensors are this transfer's too."""
 
     transfer: TransferId
 
 
-@dataclass(frozen=True, slots=True)
-class Transmit:
+class Transmit(msgspec.Struct, frozen=True):
     """Hand a packet to the control channel, to the peer at `path`."""
 
-    path: object
+    path: Path
     packet: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Greet:
+class Greet(msgspec.Struct, frozen=True):
     """A link stands: its peer's Hello has arrived. Upgrade the path; senders attach a plane."""
 
     peer: int
     hello: Hello
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """A link is over. `proven`: the peer is dead or has drained, and can write nothing."""
 
     peer: int
@@ -220,8 +204,7 @@ class Part:
     proven: bool
 
 
-@dataclass(frozen=True, slots=True)
-class CompareProbe:
+class CompareProbe(msgspec.Struct, frozen=True):
     """Receiver: does the probe slot of this link hold the nonce? Answer with `probed`."""
 
     peer: int
@@ -230,8 +213,7 @@ class CompareProbe:
     nonce: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
+class ProbeResult(msgspec.Struct, frozen=True):
     """Sender: the receiver has compared the nonce."""
 
     peer: int

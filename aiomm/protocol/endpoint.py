@@ -15,7 +15,7 @@ from ..errors import Failure, ProtocolError, Reason
 from .agenda import Agenda
 from .commands import Command, Greet, Part, Transmit
 from .frames import PROTOCOL_VERSION, Frame, Goodbye, Hello, Packet, clipped, decode, encode
-from .session import Contact, Path, Session, Timing, sooner
+from .session import NEVER, Contact, Path, Session, Timing
 
 __all__ = ["Endpoint"]
 
@@ -126,7 +126,7 @@ class Endpoint(ABC):
 
     def commands(self, now: float) -> list[Command]:
         """Return what has to be done now, in order. After every input, ask until it is empty."""
-        if not (self._commands or self._contacts or self._agenda.has_changes):
+        if not (self._commands or self._contacts or self._agenda.changed):
             return []
         commands = self._next_batch()
         if self._commands:
@@ -135,19 +135,18 @@ class Endpoint(ABC):
             if session.paths:
                 path = session.paths[0]
                 commands += [Transmit(path, packet) for packet in session.packets(now)]
-            self._agenda.schedule(session, session.next_deadline() if session.paths else None)
+                self._agenda.schedule(session, session.next_deadline())
         for path, contact in self._contacts.items():
             commands += [Transmit(path, packet) for packet in contact.packets(now)]
         return commands
 
-    def next_deadline(self) -> float | None:
+    def next_deadline(self) -> float:
         """Return when :meth:`timer` and :meth:`commands` have to be called again."""
-        earliest = self._agenda.next_deadline()
-        if self._deadlines:
-            earliest = sooner(earliest, self._deadlines[0][0])
-        for contact in self._contacts.values():
-            earliest = sooner(earliest, contact.next_deadline())
-        return earliest
+        earliest = self._deadlines[0][0] if self._deadlines else NEVER
+        if self._contacts:
+            contacts = self._contacts.values()
+            earliest = min(earliest, *(contact.next_deadline() for contact in contacts))
+        return min(earliest, self._agenda.next_deadline())
 
     # What the two kinds of endpoint add.
 

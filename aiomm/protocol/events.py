@@ -6,8 +6,9 @@ what it knows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from ..errors import Failure
 from ..types import Allocation, Extent, TransferId
@@ -37,8 +38,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(msgspec.Struct, frozen=True):
     """Sender: the first extents are granted. Receiver: the first blocks are free."""
 
     start: int
@@ -46,13 +46,11 @@ class Granted:
     extents: tuple[Extent, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class GrantFilled:
+class GrantFilled(msgspec.Struct, frozen=True):
     """Every granted token is written and tokens are left."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resumed:
+class Resumed(msgspec.Struct, frozen=True):
     """The same as :class:`Granted`, for the rest."""
 
     start: int
@@ -60,33 +58,28 @@ class Resumed:
     extents: tuple[Extent, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """Everything has arrived and is where the user will find it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """This side gives up: cancelled, timed out, peer lost, closing."""
 
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class Aborted:
+class Aborted(msgspec.Struct, frozen=True):
     """The peer gives up. `drained`: it has no write running that could still land."""
 
     failure: Failure
     drained: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Drained:
+class Drained(msgspec.Struct, frozen=True):
     """No write of this transfer can land any more: acknowledged, revoked, or the peer is dead."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokensReady:
+class TokensReady(msgspec.Struct, frozen=True):
     """Sender: the first `available` tokens can be read; `total` is None while more may come."""
 
     available: int
@@ -94,8 +87,7 @@ class TokensReady:
     metadata: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class WriteFinished:
+class WriteFinished(msgspec.Struct, frozen=True):
     """Sender: the write that runs has landed whole."""
 
     checksum: bytes = b""
@@ -103,15 +95,13 @@ class WriteFinished:
     plane: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class WriteFailed:
+class WriteFailed(msgspec.Struct, frozen=True):
     """Sender: the write that runs has failed; bytes of it may land until :class:`Drained`."""
 
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(msgspec.Struct, frozen=True):
     """Receiver: a sender asks for the grant."""
 
     transfer: TransferId
@@ -119,29 +109,25 @@ class Claimed:
     metadata: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Announced:
+class Announced(msgspec.Struct, frozen=True):
     """Receiver: the sender knows the length now."""
 
     total: int
     metadata: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Reserved:
+class Reserved(msgspec.Struct, frozen=True):
     """Receiver: the pool gave these blocks; `extends` if they replace the last allocation."""
 
     allocation: Allocation
     extends: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """Receiver: the pool cannot give the whole rest now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(msgspec.Struct, frozen=True):
     """Receiver: a chunk has landed *and* its frame has arrived (rule 6)."""
 
     sequence: int
@@ -153,20 +139,17 @@ class Written:
     plane: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(msgspec.Struct, frozen=True):
     """Receiver: the oldest chunk that does not count yet is in its place, and was compared."""
 
     matches: bool
 
 
-@dataclass(frozen=True, slots=True)
-class MovedOut:
+class MovedOut(msgspec.Struct, frozen=True):
     """Receiver: the buffered chunks are out of the pool."""
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
+class Joined(msgspec.Struct, frozen=True):
     """Receiver: all chunks stand in one tensor outside the pool."""
 
 

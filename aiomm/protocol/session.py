@@ -12,15 +12,19 @@ ever one session, so its numbers never begin again and a late packet is always r
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 from .frames import PROTOCOL_VERSION, Ack, Frame, Goodbye, Hello, Packet, Ping, Pong, encode
 
-__all__ = ["Contact", "Path", "Session", "Timing", "sooner"]
+__all__ = ["NEVER", "Contact", "Path", "Session", "Timing"]
+
+NEVER: Final = math.inf
+"""A time that does not come."""
 
 MAX_EARLY_FRAMES = 256
 MAX_UNACKNOWLEDGED = 8192
@@ -42,12 +46,12 @@ class Timing:
 
 
 class Path(NamedTuple):
-    """One way to a peer: a channel, and what that channel calls the peer. Opaque here."""
+    """One way to a peer: a channel, and what that calls the peer. Opaque here, and hashable."""
 
     rank: int
     """Of several paths to one peer the one with the highest rank is used."""
-    channel: Hashable
-    peer: Hashable
+    channel: Any
+    peer: Any
 
 
 class Contact:
@@ -117,15 +121,16 @@ class Session:
         self._last_heard = now
         self._sent = 0
         self._delivered = 0
+        self._unsent: list[tuple[int, Frame]] = []
+        """Frames that were never handed to the channel."""
         self._unacknowledged: deque[tuple[int, Frame]] = deque()
-        self._unsent = 0
-        """How many of the last of `_unacknowledged` were never handed to the channel."""
+        """Those that were, until the peer has acknowledged them."""
         self._early: dict[int, Frame] = {}
         self._outbox: list[Frame] = []
         self._resend_after = timing.resend_first
-        self._resend_at: float | None = None
-        self._acknowledge_at: float | None = None
-        self._ping_at: float | None = None
+        self._resend_at = self._acknowledge_at = NEVER
+        self._heard_or_asked = now
+        """When the peer was heard last, or was last asked for a sign of life since."""
 
     def add_path(self, path: Path) -> None:
         """Add a way to reach the peer, and use it if it is the best."""
@@ -148,12 +153,11 @@ class Session:
 
         A peer that leaves thousands unacknowledged counts as silent, and gets no more.
         """
-        if len(self._unacknowledged) >= MAX_UNACKNOWLEDGED:
+        if len(self._unacknowledged) + len(self._unsent) >= MAX_UNACKNOWLEDGED:
             self.is_choked = True
             return
         self._sent += 1
-        self._unacknowledged.append((self._sent, frame))
-        self._unsent += 1
+        self._unsent.append((self._sent, frame))
         self._changed(self)
 
     def say(self, frame: Frame) -> None:
@@ -163,12 +167,11 @@ class Session:
 
     def greeting(self) -> bytes:
         """Return this side's Hello to the peer, which answers the peer's."""
-        return encode(self._packet(0, self.hello))
+        return self._encoded(0, self.hello)
 
     def heard(self, now: float) -> None:
         """Note a sign of life."""
-        self._last_heard = now
-        self._ping_at = None
+        self._last_heard = self._heard_or_asked = now
         self.is_lost = False
         self._changed(self)
 
@@ -176,47 +179,49 @@ class Session:
         """Take a packet of this peer's; return the frames that are new and in order."""
         self.heard(now)
         self._settle(packet.acknowledged, now)
-        frame = packet.frame
-        if packet.sequence == 0:
+        sequence, frame = packet.sequence, packet.frame
+        if sequence == 0:
             return self._unsequenced(frame)
-        if self._acknowledge_at is None:
+        if self._acknowledge_at == NEVER:
             self._acknowledge_at = now + self._timing.acknowledge
-        if packet.sequence <= self._delivered or packet.sequence in self._early:
+        if sequence == self._delivered + 1 and not self._early:
+            self._delivered = sequence
+            return [frame]
+        ahead = sequence - self._delivered
+        if not 0 < ahead <= MAX_EARLY_FRAMES or sequence in self._early:
             self.ignored += 1
             return []
-        if packet.sequence > self._delivered + MAX_EARLY_FRAMES:
-            self.ignored += 1
-            return []
-        self._early[packet.sequence] = frame
+        self._early[sequence] = frame
         return self._in_order()
 
     def packets(self, now: float) -> list[bytes]:
         """Return what has to be handed to the channel now."""
         chosen = self._sequenced(now)  # before the rest: a Goodbye comes last
-        chosen += [self._packet(0, frame) for frame in self._outbox]
-        self._outbox.clear()
-        if self._acknowledge_at is not None and (chosen or self._acknowledge_at <= now):
-            self._acknowledge_at = None
-            chosen = chosen or [self._packet(0, Ack())]
-        if self._ping_is_due(now):
-            chosen.append(self._packet(0, Ping()))
-            self._ping_at = now
-        return [encode(packet) for packet in chosen]
+        if self._outbox:
+            chosen += [(0, frame) for frame in self._outbox]
+            self._outbox.clear()
+        if chosen:
+            self._acknowledge_at = NEVER  # every packet acknowledges
+        elif self._acknowledge_at <= now:
+            self._acknowledge_at = NEVER
+            chosen.append((0, Ack()))
+        if now >= self._heard_or_asked + self._timing.ping and self._expects_signs():
+            chosen.append((0, Ping()))
+            self._heard_or_asked = now
+        return [self._encoded(sequence, frame) for sequence, frame in chosen]
 
-    def next_deadline(self) -> float | None:
+    def next_deadline(self) -> float:
         """Return when :meth:`packets` or :meth:`is_silent` has to be asked again."""
-        earliest = sooner(self._resend_at, self._acknowledge_at)
-        if self._waits_for_peer() and not self.is_lost:
-            earliest = sooner(earliest, self._next_ping())
-            earliest = sooner(earliest, self._last_heard + self._timing.peer_timeout)
+        earliest = min(self._resend_at, self._acknowledge_at)
+        if self._expects_signs():
+            ping_at = self._heard_or_asked + self._timing.ping
+            return min(earliest, ping_at, self._last_heard + self._timing.peer_timeout)
         return earliest
 
     def is_silent(self, now: float) -> bool:
         """Somebody waits, and the peer has said nothing for too long."""
-        return (
-            self._waits_for_peer()
-            and not self.is_lost
-            and (self.is_choked or now >= self._last_heard + self._timing.peer_timeout)
+        return self._expects_signs() and (
+            self.is_choked or now >= self._last_heard + self._timing.peer_timeout
         )
 
     def begin_waiting(self, now: float) -> None:
@@ -227,14 +232,11 @@ class Session:
         self._changed(self)
 
     def _waits_for_peer(self) -> bool:
-        return self.is_busy or bool(self._unacknowledged)
+        return self.is_busy or bool(self._unacknowledged or self._unsent)
 
-    def _next_ping(self) -> float:
-        since = self._last_heard if self._ping_at is None else self._ping_at
-        return since + self._timing.ping
-
-    def _ping_is_due(self, now: float) -> bool:
-        return self._waits_for_peer() and not self.is_lost and now >= self._next_ping()
+    def _expects_signs(self) -> bool:
+        """Whether the peer's silence means something."""
+        return not self.is_lost and self._waits_for_peer()
 
     def _unsequenced(self, frame: Frame) -> list[Frame]:
         match frame:
@@ -258,42 +260,41 @@ class Session:
 
     def _settle(self, acknowledged: int, now: float) -> None:
         """Drop what the peer has acknowledged, and let the rest wait afresh."""
-        pending = len(self._unacknowledged) - self._unsent
-        settled = 0
-        while settled < pending and self._unacknowledged[0][0] <= acknowledged:
-            self._unacknowledged.popleft()
-            settled += 1
-        if settled:
-            self._resend_after = self._timing.resend_first
-            self._resend_at = now + self._resend_after if settled < pending else None
+        pending = self._unacknowledged
+        if not pending or pending[0][0] > acknowledged:
+            return
+        while pending and pending[0][0] <= acknowledged:
+            pending.popleft()
+        self._resend_after = self._timing.resend_first
+        self._resend_at = now + self._resend_after if pending else NEVER
 
-    def _sequenced(self, now: float) -> list[Packet]:
-        """The frames that were never sent, or the first again if the peer has not answered."""
-        first_unsent = len(self._unacknowledged) - self._unsent
-        fresh: list[tuple[int, Frame]] = []
-        if self._resend_at is not None and self._resend_at <= now:
+    def _sequenced(self, now: float) -> list[tuple[int, Frame]]:
+        """The frames that were never sent, behind those that the peer has not answered in time."""
+        chosen: list[tuple[int, Frame]] = []
+        if self._resend_at <= now:
             # The peer keeps no more than so many that are too early.
-            fresh += islice(self._unacknowledged, min(first_unsent, MAX_EARLY_FRAMES))
+            chosen += islice(self._unacknowledged, MAX_EARLY_FRAMES)
             self._resend_after = min(2 * self._resend_after, self._timing.resend_last)
             self._resend_at = now + self._resend_after
-        fresh += islice(self._unacknowledged, first_unsent, None)
-        self._unsent = 0
-        if fresh and self._resend_at is None:
-            self._resend_at = now + self._resend_after
-            if not self.is_busy:
-                self._last_heard = now  # silence counts from when somebody waits
-        elif not self._unacknowledged:
-            self._resend_at = None
-        return [self._packet(sequence, frame) for sequence, frame in fresh]
+        if self._unsent:
+            chosen += self._unsent
+            self._unacknowledged += self._unsent
+            self._unsent.clear()
+            if self._resend_at == NEVER:
+                self._resend_at = now + self._resend_after
+                if not self.is_busy:
+                    # Silence counts from when somebody waits.
+                    self._last_heard = self._heard_or_asked = now
+        return chosen
 
-    def _packet(self, sequence: int, frame: Frame) -> Packet:
-        return Packet(
-            PROTOCOL_VERSION, self.local_epoch, self.peer_epoch, sequence, self._delivered, frame
+    def _encoded(self, sequence: int, frame: Frame) -> bytes:
+        return encode(
+            Packet(
+                PROTOCOL_VERSION,
+                self.local_epoch,
+                self.peer_epoch,
+                sequence,
+                self._delivered,
+                frame,
+            )
         )
-
-
-def sooner(one: float | None, other: float | None) -> float | None:
-    """Return the earlier of two times, either of which may be never."""
-    if one is None or other is None:
-        return other if one is None else one
-    return one if one < other else other

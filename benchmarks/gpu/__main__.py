@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ async def run_all(options: argparse.Namespace) -> int:
             outcomes.append(await bench.run(check))
             print_outcome(outcomes[-1])
             if options.save is not None and not options.dry_run:  # now: this may be killed
-                save(options.save, bench, outcomes, QUESTIONS, _about(gpus))
+                save(options.save, bench, outcomes, QUESTIONS, _about(options, gpus))
     if bench.timings:
         print_timings(bench.timings)
     if not options.dry_run:
@@ -115,13 +114,15 @@ async def _gpus() -> dict[str, Any]:
     return found
 
 
-def _about(gpus: dict[str, Any]) -> dict[str, Any]:
+def _about(options: argparse.Namespace, gpus: dict[str, Any]) -> dict[str, Any]:
     """Return where and how this was run."""
     from benchmarks.latency import machine
 
     where = machine()
+    only = ["--only", repr(options.only)] if options.only else []
+    quick = ["--quick"] if options.quick else []
     return {
-        "command": "python -m benchmarks.gpu" + (" --quick" if options.is_quick else ""),
+        "command": " ".join(["python -m benchmarks.gpu", *only, *quick]),
         "date": where["date"],
         "machine": where,
         "gpus": [device["name"] for device in gpus["devices"]],

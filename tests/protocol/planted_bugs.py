@@ -20,7 +20,7 @@ from aiomm.protocol.receive_transfer import ReceiveTransfer
 from aiomm.protocol.receiving import ReceiveEndpoint
 from aiomm.protocol.send_transfer import SendTransfer
 from aiomm.protocol.sending import SendEndpoint
-from aiomm.protocol.session import Session
+from aiomm.protocol.session import NEVER, Session
 from aiomm.protocol.states import State
 from aiomm.types import Extent
 
@@ -105,11 +105,11 @@ def never_resend(patch: pytest.MonkeyPatch) -> None:
     """Every frame is sent once."""
     original = Session._sequenced
 
-    def sequenced(self: Session, now: float) -> list[frames.Packet]:
-        self._resend_at = None
-        packets = original(self, now)
-        self._resend_at = None
-        return packets
+    def sequenced(self: Session, now: float) -> list[tuple[int, frames.Frame]]:
+        self._resend_at = NEVER
+        chosen = original(self, now)
+        self._resend_at = NEVER
+        return chosen
 
     patch.setattr(Session, "_sequenced", sequenced)
 

@@ -13,6 +13,7 @@ from aiomm.protocol.frames import Frame, Hello, Packet, decode, specs_of
 from aiomm.protocol.session import (
     MAX_EARLY_FRAMES,
     MAX_UNACKNOWLEDGED,
+    NEVER,
     Contact,
     Path,
     Session,
@@ -83,7 +84,7 @@ class TestSending:
         out(end, 0.0)
         times: list[float] = []
         while len(times) < 6:
-            now = end.next_deadline() or 0.0
+            now = end.next_deadline()
             times += [now for each in out(end, now) if each.sequence == 1]
         assert times == pytest.approx([0.2, 0.6, 1.4, 3.0, 5.0, 7.0])
 
@@ -108,7 +109,7 @@ class TestSending:
         assert end.next_deadline() == pytest.approx(0.5)
         assert sequences(out(end, 0.5)) == [3]
         end.receive(ack(3), 0.6)
-        assert end.next_deadline() is None
+        assert end.next_deadline() == NEVER
         assert out(end, 100.0) == []
 
     def test_an_acknowledgement_of_what_was_never_sent_settles_nothing(self) -> None:
@@ -196,7 +197,7 @@ class TestSilence:
     def test_nobody_waits_nobody_asks(self) -> None:
         """An idle session sends nothing, and its peer is never lost."""
         end = session()
-        assert end.next_deadline() is None
+        assert end.next_deadline() == NEVER
         assert out(end, 1000.0) == []
         assert not end.is_silent(1000.0)
 
@@ -205,12 +206,12 @@ class TestSilence:
         end = session()
         end.begin_waiting(100.0)
         pings = []
-        while not end.is_silent(now := end.next_deadline() or 0.0):
+        while not end.is_silent(now := end.next_deadline()):
             pings += [now for each in out(end, now) if isinstance(each.frame, frames.Ping)]
         assert pings == [float(at) for at in range(101, 115)]
         assert now == 115.0
         end.is_lost = True
-        assert end.next_deadline() is None
+        assert end.next_deadline() == NEVER
         assert out(end, 116.0) == []
 
     def test_any_packet_is_a_sign_of_life(self) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from aiomm.errors import Failure, Reason
 from aiomm.protocol import commands as do
 from aiomm.protocol.endpoint import Endpoint
-from aiomm.protocol.session import Path, Timing
+from aiomm.protocol.session import NEVER, Path, Timing
 from aiomm.types import Field, Schema, TransferId
 
 SCHEMA = Schema(embeddings=Field("bfloat16", 8))
@@ -206,7 +206,7 @@ class Process:
                 self._carry_out(command)
         self.check()
         at = self.endpoint.next_deadline()
-        if at is not None and (self._timer_at is None or at < self._timer_at):
+        if at < NEVER and (self._timer_at is None or at < self._timer_at):
             self._timer_at = at
             self.world.after(max(0.0, at - self.world.now), lambda: self._timer(at), self)
         self._close_if_settled()
