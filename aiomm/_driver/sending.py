@@ -142,8 +142,9 @@ class SendDriver(Driver[SendEndpoint]):
     def execute(self, command: Command) -> None:
         """Carry out one command of the sender's."""
         match command:
-            case Write(transfer, sequence, start, extents):
-                self.spawn(self._write(transfer, sequence, start, extents), f"write {transfer}")
+            case Write():
+                if not self._write_at_once(command):
+                    self.spawn(self._write(command), f"write {command.transfer}")
             case Quiesce(transfer):
                 self.spawn(self._quiesce(transfer), f"quiesce {transfer}")
             case Serve(transfer):
@@ -239,15 +240,35 @@ class SendDriver(Driver[SendEndpoint]):
 
     # Writes.
 
-    async def _write(
-        self, transfer: TransferId, sequence: int, start: int, extents: tuple[Extent, ...]
-    ) -> None:
-        generation, checksum, plane = transfer.generation, b"", ""
+    def _write_at_once(self, command: Write) -> bool:
+        """Carry a short write out now; False if a task has to do it."""
+        generation = command.transfer.generation
+        search = self._routes.get(self._route_key(generation))
+        if search is None or not search.done() or self.settings.checksum:
+            return False
+        if generation not in self.watchers or search.cancelled() or search.exception():
+            return False
+        route = self._used[generation] = search.result()
+        runs = runs_of(self.sources[generation], route, command.start, command.extents)
+        try:
+            grant = GrantKey(route.link, generation, command.sequence)
+            is_written = route.arena.write_at_once(grant, runs)
+        except Exception:  # the task will meet it again, and knows what to do
+            return False
+        if is_written:
+            self.endpoint.write_finished(generation, self.now(), b"", route.plane)
+            self._let_go(generation)
+        return is_written
+
+    async def _write(self, command: Write) -> None:
+        generation, checksum, plane = command.transfer.generation, b"", ""
+        start, extents = command.start, command.extents
         try:
             route = self._used[generation] = await self._route_of(generation)
             if generation in self.watchers:  # it has not failed while a plane was looked for
                 runs = runs_of(self.sources[generation], route, start, extents)
-                await route.arena.write(GrantKey(route.link, generation, sequence), runs)
+                grant = GrantKey(route.link, generation, command.sequence)
+                await route.arena.write(grant, runs)
                 plane = route.plane
                 checksum = await self._checksum(generation, route, start, extents)
         except Exception as exc:  # whatever a plane raises fails this transfer and no other

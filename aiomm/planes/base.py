@@ -104,6 +104,14 @@ class Export(ABC):
 class RemoteArena(ABC):
     """Sender's side: a receiver's arena, reached over one plane."""
 
+    def write_at_once(self, grant: GrantKey, runs: Sequence[Run]) -> bool:
+        """Do what :meth:`write` does, now, if that takes less than a millisecond.
+
+        It is asked first, for every write. False, the default, if nothing was done, or not all
+        of it; an error means the same.
+        """
+        return False
+
     @abstractmethod
     async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
         """Copy `runs` into the arena; return once the receiver can read every byte.

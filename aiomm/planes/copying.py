@@ -1,18 +1,23 @@
-"""What planes do with runs: check their bounds, and copy long ones on a thread."""
+"""What planes do with runs: check their bounds, and copy them on the loop's thread or another."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ..errors import PlaneUnavailable
 from .base import Run
 
-__all__ = ["Copies", "CopyThread", "check_runs"]
+__all__ = ["Copies", "CopyThread", "LoopCopies", "check_runs", "pieces_of"]
 
 Result = TypeVar("Result")
+
+TURN_SECONDS = 1e-3
+"""How long copies may hold the loop in one turn, but for two pieces."""
+PIECE_NBYTES = 1 << 20
 
 
 def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
@@ -36,6 +41,53 @@ def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
             )
         total += nbytes
     return total
+
+
+def pieces_of(runs: Iterable[Run]) -> Iterator[Run]:
+    """Cut runs into pieces of at most 1 MiB, but of whole rows."""
+    for run in runs:
+        row_nbytes = run.rows.row_nbytes
+        step = max(1, PIECE_NBYTES // row_nbytes)
+        for done in range(0, run.count, step):
+            count = min(step, run.count - done)
+            yield Run(run.rows, run.first + done, count, run.offset + done * row_nbytes)
+
+
+class LoopCopies:
+    """Copies on the loop's own thread: shorter than the way to another one and back.
+
+    Nothing else happens on the loop meanwhile, so in each of its turns they have only so much
+    time, all together.
+    """
+
+    def __init__(self) -> None:
+        self._one_at_a_time = asyncio.Lock()
+        self._time_is_up: float | None = None
+        """In this turn of the loop; None before its first copy."""
+
+    def has_time(self) -> bool:
+        """Whether a piece may be copied in this turn."""
+        if self._time_is_up is None:
+            self._time_is_up = time.monotonic() + TURN_SECONDS
+            asyncio.get_running_loop().call_soon(self._turn_ended)
+            return True
+        return time.monotonic() < self._time_is_up
+
+    async def run(self, copy: Callable[[Run], None], runs: Iterable[Run]) -> None:
+        """Copy run after run, in as many turns as that takes; who came first is done first."""
+        async with self._one_at_a_time:
+            for run in runs:
+                if not self.has_time():
+                    await asyncio.sleep(0)
+                copy(run)
+
+    async def drain(self) -> None:
+        """Return once none of those that have begun runs."""
+        async with self._one_at_a_time:
+            return
+
+    def _turn_ended(self) -> None:
+        self._time_is_up = None
 
 
 class CopyThread:

@@ -7,6 +7,7 @@ same user. The end of the connection tells a sender that its receiver is gone.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import sys
@@ -22,13 +23,16 @@ from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import Copies, CopyThread, check_runs
+from .copying import Copies, CopyThread, LoopCopies, check_runs, pieces_of
 from .handover import Desk, Invitation, redeem
 
 __all__ = ["ShmPlane"]
 
-INLINE_NBYTES = 1 << 20
-"""Up to here a write is copied on the loop thread: it takes less than the hand-over."""
+AT_ONCE_NBYTES = 1 << 20
+"""Up to here a write is copied in the call that asks for it."""
+ON_LOOP_NBYTES = 8 << 20
+"""Up to here it is copied on the loop's thread, in pieces: it is done before another thread has
+been woken, and this one again."""
 ACCEPTED = b"\x01"
 
 
@@ -109,6 +113,7 @@ class _ShmArena(RemoteArena):
         self._memory = memory
         self._connection = connection
         self._copies = copies
+        self._loop_copies = LoopCopies()
         self._pin: Pin | None = None
         """Made when the first tensor of a GPU comes."""
         self.ended = asyncio.Event()
@@ -116,20 +121,34 @@ class _ShmArena(RemoteArena):
         self._why = ""
         asyncio.get_running_loop().add_reader(connection.fileno(), self._hear)
 
+    def write_at_once(self, grant: GrantKey, runs: Sequence[Run]) -> bool:
+        if self.ended.is_set() or self._nbytes_on_loop(runs) > AT_ONCE_NBYTES:
+            return False
+        if not self._loop_copies.has_time():
+            return False
+        for run in runs:
+            self._copy(run)
+        return True
+
     async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
         if self.ended.is_set():
             raise PlaneUnavailable(f"shm: {self._why}")
-        is_short = check_runs(runs, len(self._memory)) <= INLINE_NBYTES
-        if is_short and all(run.rows.device == "cpu" for run in runs):
-            self._copy(runs)
+        if self._nbytes_on_loop(runs) <= ON_LOOP_NBYTES:
+            await self._loop_copies.run(self._copy, pieces_of(runs))
         else:
-            await self._copies.run(partial(self._copy, runs))
+            await self._copies.run(partial(self._copy_all, runs))
 
     async def quiesce(self) -> None:
         await self._copies.drain()
 
+    def _nbytes_on_loop(self, runs: Sequence[Run]) -> float:
+        """Return how much the loop's thread would copy; tensors of a GPU are never for it."""
+        nbytes = check_runs(runs, len(self._memory))
+        return nbytes if all(run.rows.device == "cpu" for run in runs) else math.inf
+
     async def aclose(self) -> None:
         self._leave("detached")
+        await self._loop_copies.drain()
         await self._copies.drain()
         # Unmapping takes 0.1 ms per MiB: on the thread, where it holds nobody up.
         if self._memory:
@@ -140,13 +159,18 @@ class _ShmArena(RemoteArena):
             await self._copies.run(mapping.clear)
         await self._copies.aclose()
 
-    def _copy(self, runs: Sequence[Run]) -> None:
+    def _copy_all(self, runs: Sequence[Run]) -> None:
         for run in runs:
-            on_device = run.rows.on_device
-            if on_device is not None and self._pin is None:
-                self._pin = Pin(on_device.runtime, on_device.device, self._memory)
-            target = self._memory[run.offset : run.offset + run.nbytes]
-            run.rows.copy_into(target, run.first, run.count)
+            self._copy(run)
+
+    def _copy(self, run: Run) -> None:
+        if not self._memory:  # it waited for its turn until the end
+            raise PlaneUnavailable(f"shm: {self._why}")
+        on_device = run.rows.on_device
+        if on_device is not None and self._pin is None:
+            self._pin = Pin(on_device.runtime, on_device.device, self._memory)
+        target = self._memory[run.offset : run.offset + run.nbytes]
+        run.rows.copy_into(target, run.first, run.count)
 
     def _hear(self) -> None:
         """The exporter has nothing to say, so whatever is heard is the end."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from ..errors import Failure, ProtocolError, Reason
@@ -46,7 +46,7 @@ class Endpoint(ABC):
         self._ended: dict[int, None] = {}
         """Lives that are over: a late packet must not begin them again. Oldest first."""
         self._refused: set[Path] = set()
-        self._commands: list[Command] = []
+        self._commands: deque[Command] = deque()
         self._agenda = Agenda()
         self._deadlines: list[tuple[float, int]] = []
         self._deadlines_limit = MIN_DEADLINES
@@ -159,6 +159,14 @@ class Endpoint(ABC):
         """Whether this Hello only asks this side to make the first contact."""
 
     @abstractmethod
+    def _feeds_back(self, command: Command) -> bool:
+        """Whether to carry it out may feed this endpoint, before the next one is looked at."""
+
+    def _is_void(self, command: Command) -> bool:
+        """Whether there is no need for it any more."""
+        return False
+
+    @abstractmethod
     def _is_needed(self, peer: int) -> bool:
         """Whether transfers with that peer are not settled."""
 
@@ -198,7 +206,14 @@ class Endpoint(ABC):
         self._commands.extend(commands)
 
     def _next_batch(self) -> list[Command]:
-        batch, self._commands = self._commands, []
+        """Return commands up to one whose execution may feed this endpoint in the middle."""
+        batch: list[Command] = []
+        while self._commands:
+            command = self._commands.popleft()
+            if not self._is_void(command):
+                batch.append(command)
+                if self._feeds_back(command):
+                    break
         return batch
 
     # First contact.

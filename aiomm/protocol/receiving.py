@@ -279,23 +279,15 @@ class ReceiveEndpoint(Endpoint):
     def _is_needed(self, peer: int) -> bool:
         return bool(self._of_peer.get(peer))
 
-    def _next_batch(self) -> list[Command]:
-        """Return commands up to one whose execution may feed this endpoint in the middle.
+    def _feeds_back(self, command: Command) -> bool:
+        return isinstance(command, _FEEDS_BACK)
 
-        A reservation that was answered, replaced or given up meanwhile is left out.
-        """
-        batch: list[Command] = []
-        for index, command in enumerate(self._commands):
-            if isinstance(command, Reserve | ReserveRest):
-                request = self._requests.get(command.number)
-                if request is None or request.transfer.reservation is not command:
-                    continue
-            batch.append(command)
-            if isinstance(command, _FEEDS_BACK):
-                del self._commands[: index + 1]
-                return batch
-        self._commands.clear()
-        return batch
+    def _is_void(self, command: Command) -> bool:
+        """Whether it is a reservation that was answered, replaced or given up meanwhile."""
+        if not isinstance(command, Reserve | ReserveRest):
+            return False
+        request = self._requests.get(command.number)
+        return request is None or request.transfer.reservation is not command
 
     def _greeted(self, session: Session, path: Path, now: float) -> None:
         for request in list(self._requests.values()):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..errors import Failure, IncompatibleSchema, Reason, Rejected
 from ..types import Schema, TransferId
 from . import events, frames
-from .commands import Command, ProbeResult, SendFrame, Serve, Tell
+from .commands import Command, ProbeResult, SendFrame, Serve, Tell, Write
 from .endpoint import Endpoint
 from .frames import Frame, Hello, Redeem
 from .send_transfer import SendTransfer
@@ -222,6 +222,9 @@ class SendEndpoint(Endpoint):
 
     def _is_knock(self, hello: Hello) -> bool:
         return hello.role == "receiver" and not hello.link
+
+    def _feeds_back(self, command: Command) -> bool:
+        return isinstance(command, Write)  # it may be finished at once
 
     def _is_needed(self, peer: int) -> bool:
         return bool(self._of_peer.get(peer))

@@ -214,7 +214,7 @@ def free_before_the_copy_has_ended(patch: pytest.MonkeyPatch) -> None:
 
 def reserve_twice(patch: pytest.MonkeyPatch) -> None:
     """Reservations that were replaced meanwhile are carried out all the same."""
-    patch.setattr(ReceiveEndpoint, "_next_batch", Endpoint._next_batch)
+    patch.setattr(ReceiveEndpoint, "_is_void", Endpoint._is_void)
 
 
 def never_unreserve(patch: pytest.MonkeyPatch) -> None:
