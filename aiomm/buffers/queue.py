@@ -92,6 +92,7 @@ class ReservationQueue:
         if key in self._held:
             return self._resize_hold(key, num_tokens, claimed)
         is_new = key not in self._claimed and key not in self._expected
+        is_full = self.num_waiting >= self.max_waiting  # whose holds are taken back may wait, too
         if claimed or key in self._claimed:
             self._expected.pop(key, None)
             rank, serve = self._claimed, self._serve_claimed
@@ -100,7 +101,7 @@ class ReservationQueue:
         rank[key] = min(num_tokens, self._max_tokens)
         is_first = next(iter(rank)) == key and (rank is self._claimed or not self._claimed)
         allocation = serve() if is_first else None
-        if allocation is None and is_new and self.num_waiting > self.max_waiting:
+        if allocation is None and is_new and is_full:
             del rank[key]
             raise QueueFull(self.num_waiting)
         return allocation

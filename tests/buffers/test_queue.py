@@ -161,6 +161,14 @@ class TestSoftHolds:
         assert tokens(queue.request(1, 30, claimed=False)) == 30
         assert queue.num_held == 1
 
+    def test_a_hold_that_is_taken_back_takes_nobodys_place(self) -> None:
+        queue = queue_over(1, max_waiting=1)
+        queue.request(1, 0, claimed=False)
+        drain(queue)
+        assert queue.request(2, 10, claimed=True) is None
+        with pytest.raises(QueueFull):
+            queue.request(3, 10, claimed=True)
+
     def test_an_expected_key_does_not_pass_a_claimed_one(self) -> None:
         queue = queue_over(4)
         blocker = drain(queue)
