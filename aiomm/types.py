@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -65,6 +66,8 @@ class Field:
     """The torch name of the dtype without `torch.`, a key of :data:`DTYPE_NBYTES`."""
     shape: tuple[int, ...]
     """The shape of one token's row; `()` is one element per token."""
+    row_nbytes: int = dataclasses.field(repr=False, compare=False)
+    """Bytes of one token's row."""
 
     def __init__(self, dtype: str, *shape: int) -> None:
         if dtype not in DTYPE_NBYTES:
@@ -76,11 +79,7 @@ class Field:
             )
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "shape", shape)
-
-    @property
-    def row_nbytes(self) -> int:
-        """Bytes of one token's row."""
-        return DTYPE_NBYTES[self.dtype] * math.prod(self.shape)
+        object.__setattr__(self, "row_nbytes", DTYPE_NBYTES[dtype] * math.prod(shape))
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape) if self.shape else ''}"
@@ -95,7 +94,7 @@ class Schema(Mapping[str, Field]):
         IncompatibleSchema: no field, too many, or a name longer than 128 characters.
     """
 
-    __slots__ = ("_fields",)
+    __slots__ = ("_fields", "token_nbytes")
 
     def __init__(self, /, **fields: Field) -> None:
         if not 1 <= len(fields) <= MAX_FIELDS:
@@ -106,6 +105,8 @@ class Schema(Mapping[str, Field]):
             if not 1 <= len(name) <= MAX_NAME:
                 raise IncompatibleSchema(f"field name {name[:20]!r}... is over {MAX_NAME} long")
         self._fields = dict(fields)
+        self.token_nbytes = sum(field.row_nbytes for field in fields.values())
+        """Bytes of one token over all fields."""
 
     def __getitem__(self, name: str) -> Field:
         return self._fields[name]
@@ -119,10 +120,13 @@ class Schema(Mapping[str, Field]):
     def __hash__(self) -> int:
         return hash(frozenset(self._fields.items()))
 
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes of one token over all fields."""
-        return sum(field.row_nbytes for field in self._fields.values())
+    def keys(self) -> KeysView[str]:
+        """Return the names of the fields."""
+        return self._fields.keys()
+
+    def items(self) -> ItemsView[str, Field]:
+        """Return the fields with their names."""
+        return self._fields.items()
 
     def difference(self, other: Schema) -> str:
         """Say in one line how `other` differs from this schema; empty when they are equal."""

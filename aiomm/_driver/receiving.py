@@ -194,13 +194,15 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         match command:
             case Reserve():
                 self._reserve(command)
+            case Permit():
+                self._permit(command)
+            case Deliver():
+                self._deliver(command)
             case ReserveRest():
                 self._reserve_rest(command)
             case Unreserve(number):
                 self.queue.cancel(number)
                 self._pump_queue()
-            case Permit():
-                self._permit(command)
             case Quarantine(number, allocations):
                 self._quarantine(number, allocations)
             case Release(number, allocations):
@@ -215,8 +217,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 self._copy_out(number, extents, total, self.endpoint.moved_out)
             case Join(number, extents, total):
                 self._copy_out(number, extents, total, self.endpoint.joined)
-            case Deliver():
-                self._deliver(command)
             case Fail(number, failure, story):
                 logger.info("x request %d failed: %s: %s", number, *failure)
                 self._take_joined(number)
@@ -350,6 +350,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.pump()
 
     def _count_buffered(self, number: int, num_tokens: int) -> None:
+        if not num_tokens and number not in self._buffered:
+            return
         nbytes = num_tokens * self.schema.token_nbytes
         self.buffered_bytes += nbytes - self._buffered.pop(number, 0)
         if nbytes:

@@ -25,6 +25,7 @@ __all__ = [
     "array_of_bytes",
     "array_over",
     "copy_bytes",
+    "copy_memory",
     "load_array_library",
     "loaded_instance",
 ]
@@ -98,6 +99,17 @@ def array_of_bytes(flat: Any, field: Field, num_tokens: int) -> Array:
         raise ImportError(f"{library.__name__} has no {field.dtype}: install torch") from exc
 
 
+_move_with_gil = ctypes.PyDLL(None).memmove
+_move_with_gil.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_move_with_gil.restype = None
+
+
+def copy_memory(target: int, source: int, nbytes: int) -> None:
+    """Copy bytes from address to address; the GIL is released for large copies."""
+    move = _move_with_gil if nbytes <= GIL_NBYTES else ctypes.memmove
+    move(target, source, nbytes)
+
+
 def copy_bytes(target: memoryview, source: memoryview, source_address: int | None = None) -> None:
     """Copy `source` into `target`, which is as long; the GIL is released for large copies.
 
@@ -112,7 +124,7 @@ def copy_bytes(target: memoryview, source: memoryview, source_address: int | Non
     if source_address is None and not source.readonly:
         source_address = address_of(source)
     if source_address is not None:
-        ctypes.memmove(address_of(target), source_address, source.nbytes)
+        copy_memory(address_of(target), source_address, source.nbytes)
         return
     for start in range(0, source.nbytes, GIL_NBYTES):  # other threads get a turn in between
         target[start : start + GIL_NBYTES] = source[start : start + GIL_NBYTES]

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
+from enum import StrEnum
 from itertools import count, islice
-from typing import NamedTuple
 
 from ..types import Allocation, Extent
 from .runs import FreeRuns, grouped
@@ -30,7 +29,7 @@ class PoolError(AssertionError):
     """A bug of the caller, such as a double free. The pool is as it was before the call."""
 
 
-class BlockState(Enum):
+class BlockState(StrEnum):
     """Who may touch a block."""
 
     FREE = "free"
@@ -59,9 +58,14 @@ _MOVES: Mapping[str, Mapping[BlockState, BlockState]] = {
 """Operation -> state before -> state after. What is not here is illegal."""
 
 
-class _Live(NamedTuple):
-    allocation: Allocation
-    state: BlockState
+class _Live:
+    """An allocation that has not ended, and the state of all its blocks."""
+
+    __slots__ = ("allocation", "state")
+
+    def __init__(self, allocation: Allocation, state: BlockState) -> None:
+        self.allocation = allocation
+        self.state = state
 
 
 class BlockPool:
@@ -312,9 +316,11 @@ class BlockPool:
         return after
 
     def _transfer(self, operation: str, allocation: Allocation) -> None:
-        state = self._move(operation, allocation)
-        self._leave(allocation)
-        self._enter(allocation, state)
+        after = self._move(operation, allocation)
+        live, num_blocks = self._live[id(allocation)], len(allocation.block_indices)
+        self._counts[live.state] -= num_blocks
+        self._counts[after] += num_blocks
+        live.state = after
 
     def _replace(
         self, old: Allocation, blocks: tuple[int, ...], num_tokens: int, state: BlockState

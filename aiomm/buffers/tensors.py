@@ -39,12 +39,14 @@ class _Source(NamedTuple):
     """What is known of a tensor once it is checked."""
 
     num_tokens: int
-    flat: memoryview | None
+    flat: memoryview | None = None
     """All bytes, where they lie in the memory of this process without gaps."""
-    address: int | None
-    """Of the first byte of `flat`, where it can be known."""
-    copy: Callable[[memoryview, int, int], None] | None
-    """Copies rows that have no `flat`: target, first, count."""
+    address: int | None = None
+    """Of the first byte, where there are no gaps and it can be known."""
+    owner: object = None
+    """Keeps the memory at `address` alive."""
+    copy: Callable[[memoryview, int, int], None] | None = None
+    """Copies rows that are neither of both: target, first, count."""
     device: str = "cpu"
     on_device: DeviceRows | None = None
     """Where the rows lie on a GPU, if they do."""
@@ -116,7 +118,9 @@ class TokenRows:
             ValueError: there are no such rows.
         """
         self._check_rows(first, count)
-        flat, row = self._source.flat, self.row_nbytes
+        row, (_, flat, address, owner, *_) = self.row_nbytes, self._source
+        if flat is None and address is not None:
+            return _memory_at(address + first * row, count * row, owner)
         return None if flat is None else flat[first * row : (first + count) * row]
 
     def address(self, first: int) -> int | None:
@@ -180,9 +184,9 @@ def rows_of(
             or two fields have different numbers of tokens.
         PlaneUnavailable: a tensor is on a GPU, and CUDA fails.
     """
-    missing = [name for name in schema if name not in tensors]
-    unknown = [name for name in tensors if name not in schema]
-    if missing or unknown:
+    if tensors.keys() != schema.keys():
+        missing = [name for name in schema if name not in tensors]
+        unknown = [name for name in tensors if name not in schema]
         raise IncompatibleSchema(
             f"the tensors must be those of {schema}; missing {missing}, unknown {unknown}"
         )
@@ -259,7 +263,7 @@ def _torch_source(name: str, field: Field, tensor: torch.Tensor, producers: Prod
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
         kind = "nested" if tensor.is_nested else f"{tensor.layout} on {tensor.device}"
         raise IncompatibleSchema(f"field {name!r} has no dense rows in memory: it is {kind}")
-    _check(name, field, str(tensor.dtype).removeprefix("torch."), tensor.shape)
+    _check(name, field, _dtype_names[tensor.dtype], tensor.shape)
     # Few calls of torch: after some idle milliseconds each costs tens of microseconds.
     rows = tensor.detach().resolve_conj().resolve_neg() if _is_lazy(tensor) else tensor
     if rows.is_cpu and rows.is_contiguous():
@@ -271,8 +275,8 @@ def _torch_source(name: str, field: Field, tensor: torch.Tensor, producers: Prod
     rows = rows.view(integers[size]) if size in integers else rows
     if rows.is_cpu and rows[:1].is_contiguous():
         with suppress(RuntimeError):  # torch without numpy, which copies dense rows much faster
-            return _Source(len(rows), None, None, partial(_copy_numpy, rows.numpy()))
-    return _Source(len(rows), None, None, partial(_copy_torch, rows), str(rows.device))
+            return _Source(len(rows), copy=partial(_copy_numpy, rows.numpy()))
+    return _Source(len(rows), copy=partial(_copy_torch, rows), device=str(rows.device))
 
 
 def _is_lazy(tensor: torch.Tensor) -> bool:
@@ -281,16 +285,22 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def _dense_torch_source(name: str, field: Field, rows: torch.Tensor) -> _Source:
-    num_tokens = len(rows)
-    nbytes = num_tokens * field.row_nbytes
-    if not nbytes:
-        return _Source(num_tokens, memoryview(b""), None, None)
-    address = rows.data_ptr()
+    num_tokens, address = len(rows), rows.data_ptr()
+    if not num_tokens:
+        return _Source(0, memoryview(b""))
     if not address:
         raise IncompatibleSchema(f"field {name!r} has no memory behind it")
-    memory = _array_type(nbytes).from_address(address)
-    memory.owner = rows  # type: ignore[attr-defined]
-    return _Source(num_tokens, memoryview(memory).cast("B"), address, None)
+    return _Source(num_tokens, None, address, rows)
+
+
+class _DtypeNames(dict["torch.dtype", str]):
+    """The names of torch's dtypes without `torch.`; each is made once."""
+
+    def __missing__(self, dtype: torch.dtype) -> str:
+        return self.setdefault(dtype, str(dtype).removeprefix("torch."))
+
+
+_dtype_names = _DtypeNames()
 
 
 def _torch_cuda_source(field: Field, tensor: torch.Tensor, producers: Producers) -> _Source:
@@ -341,12 +351,21 @@ def _device_source(
     num_tokens: int, owner: object, device: str, on_device: DeviceRows | None
 ) -> _Source:
     if on_device is None:
-        return _Source(num_tokens, memoryview(b""), None, None)
+        return _Source(num_tokens, memoryview(b""))
 
     def copy(target: memoryview, first: int, count: int, kept: object = owner) -> None:
         on_device.copy_into(target, first, count)
 
-    return _Source(num_tokens, None, None, copy, device, on_device)
+    return _Source(num_tokens, copy=copy, device=device, on_device=on_device)
+
+
+def _memory_at(address: int, nbytes: int, owner: object) -> memoryview:
+    """Return writable bytes of this process, which keep their owner alive."""
+    if not nbytes:
+        return memoryview(b"")
+    memory = _array_type(nbytes).from_address(address)
+    memory.owner = owner  # type: ignore[attr-defined]
+    return memoryview(memory).cast("B")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -371,10 +390,10 @@ def _numpy_source(name: str, field: Field, array: numpy.ndarray[Any, Any]) -> _S
     _check(name, field, array.dtype.name, array.shape)
     if array.flags.c_contiguous:
         flat = array.reshape(-1).view(numpy.uint8).data if array.size else memoryview(b"")
-        return _Source(len(array), flat, array.ctypes.data, None)
+        return _Source(len(array), flat, array.__array_interface__["data"][0])
     size = array.dtype.itemsize
     rows = numpy.asarray(array).view(f"u{size}" if size <= 8 else array.dtype)
-    return _Source(len(rows), None, None, partial(_copy_numpy, rows))
+    return _Source(len(rows), copy=partial(_copy_numpy, rows))
 
 
 def _copy_numpy(rows: numpy.ndarray[Any, Any], target: memoryview, first: int, count: int) -> None:
@@ -419,4 +438,4 @@ def _bytes_source(name: str, field: Field, source: object) -> _Source:
             f"{field.row_nbytes}"
         )
     flat = memory.cast("B") if memory.nbytes else memoryview(b"")
-    return _Source(num_tokens, flat, None if flat.readonly else address_of(flat), None)
+    return _Source(num_tokens, flat, None if flat.readonly else address_of(flat))

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from ..buffers.arena import Arena
+from ..buffers.arrays import address_of, copy_memory
 from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
@@ -111,6 +112,7 @@ class _ShmExport(Export):
 class _ShmArena(RemoteArena):
     def __init__(self, memory: memoryview, connection: socket.socket, copies: Copies) -> None:
         self._memory = memory
+        self._address = address_of(memory)
         self._connection = connection
         self._copies = copies
         self._loop_copies = LoopCopies()
@@ -166,11 +168,16 @@ class _ShmArena(RemoteArena):
     def _copy(self, run: Run) -> None:
         if not self._memory:  # it waited for its turn until the end
             raise PlaneUnavailable(f"shm: {self._why}")
-        on_device = run.rows.on_device
+        rows, nbytes = run.rows, run.nbytes
+        source = rows.address(run.first)
+        if source is not None:
+            copy_memory(self._address + run.offset, source, nbytes)
+            return
+        on_device = rows.on_device
         if on_device is not None and self._pin is None:
             self._pin = Pin(on_device.runtime, on_device.device, self._memory)
-        target = self._memory[run.offset : run.offset + run.nbytes]
-        run.rows.copy_into(target, run.first, run.count)
+        target = self._memory[run.offset : run.offset + nbytes]
+        rows.copy_into(target, run.first, run.count)
 
     def _hear(self) -> None:
         """The exporter has nothing to say, so whatever is heard is the end."""
