@@ -22,8 +22,8 @@ from .runtime import HANDLE_NBYTES, UUID_NBYTES, Copy, Device, GpuError
 __all__ = ["BindingsRuntime"]
 
 FIRST_VERSION = (12, 9, 1)
-MAX_LOOP_COPIES = 16
-"""A call takes 2 µs, and to prepare a batch pays only beyond some."""
+MAX_LOOP_COPIES = 11
+"""A batch pays only beyond so many: beside an H200 12 took 97 against 103 us, 8 took 83 to 78."""
 NULL_STREAMS = (0, 1)
 """The default one by its two names, which takes no batches."""
 UNKNOWN_CODE = re.compile(r"(\d+)(?: is not a valid CUresult)?")
@@ -265,6 +265,9 @@ class BindingsRuntime(common.CudaRuntime):
             self._cuda.cuCtxSetCurrent(before)
 
     def _call_on(self, device: int, call: str, *arguments: Any) -> Any:
+        context = self._context(device)
+        if int(self._call("cuCtxGetCurrent")) == int(context):
+            return self._call(call, *arguments)
         with self._current(device):
             return self._call(call, *arguments)
 

@@ -16,7 +16,8 @@ __all__ = ["facts", "handles", "namespaces", "refusals"]
 NBYTES = 8 << 20
 ALLOCATORS = ("expandable_segments:True", "backend:cudaMallocAsync")
 """Settings of torch's, under which its memory cannot be opened by other processes."""
-UNSHARE = ["unshare", "--pid", "--fork", "--kill-child"]
+UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+"""CUDA finds itself in /proc: without one of its own, cuInit fails with 304."""
 SECOND = ["sh", "-c", '"$0" "$@"; exit $?']
 """Runs a command as the second process of its namespace."""
 
