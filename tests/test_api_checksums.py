@@ -9,6 +9,7 @@ import torch
 
 import aiomm
 from aiomm.planes.memory import Faults, MemoryPlane
+from aiomm.protocol.receiving import ReceiveEndpoint
 
 SCHEMA = aiomm.Schema(embeddings=aiomm.Field("bfloat16", 64), ids=aiomm.Field("int32"))
 
@@ -37,6 +38,31 @@ async def test_verified_transfers_arrive(plane: str) -> None:
                 for name, tensor in sent.items():
                     assert torch.equal(torch.as_tensor(lease[name]), tensor)
             await transfer
+
+
+@pytest.mark.both_loops
+async def test_a_long_chunk_is_verified_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one is verified while the next is written; the receiver sees one chunk."""
+    seen: list[int] = []
+    verified = ReceiveEndpoint.verified
+
+    def note(self: ReceiveEndpoint, number: int, matches: bool, now: float) -> None:
+        seen.append(self.transfer(number).transferred_tokens)
+        verified(self, number, matches, now)
+
+    monkeypatch.setattr(ReceiveEndpoint, "verified", note)
+    schema = aiomm.Schema(rows=aiomm.Field("uint8", 1 << 16))
+    async with (
+        aiomm.Receiver(schema, bind="tcp://127.0.0.1:*", blocks=2, block_size=100) as receiver,
+        aiomm.Sender(schema, checksum=True) as sender,
+    ):
+        rows = torch.randint(0, 256, (100, 1 << 16), dtype=torch.uint8)
+        sending = asyncio.create_task(sender.send("long", {"rows": rows}, to=receiver.address))
+        async with receiver.receive("long") as lease:
+            assert torch.equal(torch.as_tensor(lease["rows"]), rows)
+            assert lease.buffered_chunks == (100,)
+        await sending
+    assert seen == [0, 50, 75, 91]
 
 
 async def test_a_changed_byte_fails_that_transfer_on_both_sides() -> None:

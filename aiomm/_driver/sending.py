@@ -37,6 +37,8 @@ __all__ = ["SendDriver", "Watcher"]
 
 logger = logging.getLogger("aiomm.sender")
 
+PART_NBYTES = 1 << 20
+"""What is verified at least at a time, and what is added up on the loop's thread: 0.1 ms."""
 CAUSE_DELAY = 0.1
 """Seconds that a failed write waits for the word of what broke it."""
 
@@ -77,8 +79,10 @@ class SendDriver(Driver[SendEndpoint]):
         name: str,
     ) -> None:
         super().__init__(settings, bind, name)
+        part_tokens = 0
         if settings.checksum:
             new_checksum()  # an ImportError now, not at the first write
+            part_tokens = max(1, PART_NBYTES // schema.token_nbytes)
         self.planes = planes
         self.endpoint = SendEndpoint(
             new_epoch(),
@@ -87,6 +91,7 @@ class SendDriver(Driver[SendEndpoint]):
             timing=Timing(peer_timeout=settings.peer_timeout),
             max_peers=settings.max_peers,
             max_waiting=settings.max_waiting,
+            part_tokens=part_tokens,
         )
         self.sources: dict[int, Mapping[str, TokenRows]] = {}
         """The tensors of each transfer, until it is settled."""
@@ -244,33 +249,36 @@ class SendDriver(Driver[SendEndpoint]):
         """Carry a short write out now; False if a task has to do it."""
         generation = command.transfer.generation
         search = self._routes.get(self._route_key(generation))
-        if search is None or not search.done() or self.settings.checksum:
+        if search is None or not search.done() or generation not in self.watchers:
             return False
-        if generation not in self.watchers or search.cancelled() or search.exception():
+        if search.cancelled() or search.exception():
             return False
-        route = self._used[generation] = search.result()
-        runs = runs_of(self.sources[generation], route, command.start, command.extents)
+        route, sources = search.result(), self.sources[generation]
+        self._used[generation] = route
+        runs = runs_of(sources, route, command.start, command.extents)
+        if self.settings.checksum and sum(run.nbytes for run in runs) > PART_NBYTES:
+            return False
+        grant = GrantKey(route.link, generation, command.sequence)
         try:
-            grant = GrantKey(route.link, generation, command.sequence)
-            is_written = route.arena.write_at_once(grant, runs)
+            if not route.arena.write_at_once(grant, runs):
+                return False
+            checksum = self._add_up(command, route) if self.settings.checksum else b""
         except Exception:  # the task will meet it again, and knows what to do
             return False
-        if is_written:
-            self.endpoint.write_finished(generation, self.now(), b"", route.plane)
-            self._let_go(generation)
-        return is_written
+        self.endpoint.write_finished(generation, self.now(), checksum, route.plane)
+        self._let_go(generation)
+        return True
 
     async def _write(self, command: Write) -> None:
         generation, checksum, plane = command.transfer.generation, b"", ""
-        start, extents = command.start, command.extents
         try:
             route = self._used[generation] = await self._route_of(generation)
             if generation in self.watchers:  # it has not failed while a plane was looked for
-                runs = runs_of(self.sources[generation], route, start, extents)
+                runs = runs_of(self.sources[generation], route, command.start, command.extents)
                 grant = GrantKey(route.link, generation, command.sequence)
+                adding_up = await self._begin_to_add_up(command, route)
                 await route.arena.write(grant, runs)
-                plane = route.plane
-                checksum = await self._checksum(generation, route, start, extents)
+                plane, checksum = route.plane, await adding_up
         except Exception as exc:  # whatever a plane raises fails this transfer and no other
             await self._end_of(generation)
             self.endpoint.write_failed(generation, _failure_of(exc), self.now())
@@ -279,15 +287,32 @@ class SendDriver(Driver[SendEndpoint]):
         self.pump()
         self._let_go(generation)
 
-    async def _checksum(
-        self, generation: int, route: Route, start: int, extents: tuple[Extent, ...]
-    ) -> bytes:
-        """Return the checksum of what was written; empty if none is wanted."""
+    async def _begin_to_add_up(self, command: Write, route: Route) -> asyncio.Future[bytes]:
+        """Return the checksum of what is to be written, in a while; empty if none is wanted.
+
+        It is made on a thread, while the loop's own may copy. That one keeps the GIL, and the
+        thread needs it once to begin: so it has begun when this returns.
+        """
+        adding_up: asyncio.Future[bytes] = self.loop.create_future()
         if not self.settings.checksum:
-            return b""
-        count = sum(extent.num_tokens for extent in extents)
-        rows = self.sources[generation]
-        return await asyncio.to_thread(checksum_of_rows, rows, route.layout.schema, start, count)
+            adding_up.set_result(b"")
+            return adding_up
+        begun = asyncio.Event()
+
+        def add_up() -> bytes:
+            self.loop.call_soon_threadsafe(begun.set)
+            return self._add_up(command, route)
+
+        adding_up = self.loop.run_in_executor(None, add_up)
+        adding_up.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await begun.wait()
+        return adding_up
+
+    def _add_up(self, command: Write, route: Route) -> bytes:
+        """Return the checksum of what is to be written."""
+        count = sum(extent.num_tokens for extent in command.extents)
+        rows = self.sources[command.transfer.generation]
+        return checksum_of_rows(rows, route.layout.schema, command.start, count)
 
     async def _end_of(self, generation: int) -> None:
         """Return when the transfer has ended, or soon.

@@ -105,7 +105,8 @@ class Simulation:
 
     def new_sender(self, address: str) -> Sending:
         """Begin a life of a sender."""
-        return Sending(self.world, address)
+        part_tokens = self.chance.choice([0, 0, 7])  # some write in parts
+        return Sending(self.world, address, part_tokens=part_tokens)
 
     def receiver(self) -> Receiving | None:
         """Return a receiver that lives now."""
