@@ -6,12 +6,16 @@ import asyncio
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aiomm.bench.plan import Plan, size_from, size_name
+from aiomm.bench.busy import Spinner
+from aiomm.bench.heartbeat import Heart
+from aiomm.bench.plan import Busy, Plan, Process, size_from, size_name
 from aiomm.bench.results import peers_from
 from tests.command import command, outcome_of
 from tests.processes import until
@@ -31,7 +35,8 @@ async def bench(*arguments: str) -> dict[str, Any]:
     done = await outcome_of("bench", "--json", *TINY, *arguments)
     assert (done.code, done.errors) == (0, ""), done
     report: dict[str, Any] = json.loads(done.output)
-    assert report.keys() == {"command", "machine", "plane", "rows", "seconds"}
+    optional = {"heartbeat"} if "--heartbeat" in arguments else set()
+    assert report.keys() == {"command", "machine", "plane", "rows", "seconds"} | optional
     for row in report["rows"]:
         assert row.keys() == ROW
         low, high = row["quartiles_us"]
@@ -66,6 +71,68 @@ async def test_with_resume_every_transfer_takes_one(concurrency: str) -> None:
     arrival = "back to back" if concurrency == "1" else "3 in flight"
     assert rows_of(report) == [(arrival, 65536, path) for path in PATHS]
     assert [row["resumes"] for row in report["rows"]] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("concurrency", ["1", "3"])
+async def test_with_stream_every_transfer_is_longer_than_the_pool(concurrency: str) -> None:
+    options = ("--stream", "--checksum", "--concurrency", concurrency, "--arrival", "back-to-back")
+    report = await bench(*options)
+    arrival = "back to back" if concurrency == "1" else "3 in flight"
+    assert rows_of(report) == [(arrival, 65536, path) for path in PATHS]
+    *floors, resumes = [row["resumes"] for row in report["rows"]]
+    assert floors == [0, 0]
+    assert resumes == 3 if concurrency == "1" else resumes >= 3
+
+
+async def test_a_stream_of_the_smallest_transfer_beside_a_large_one() -> None:
+    report = await bench("--stream", "--sizes", "64,1MiB", "--arrival", "sparse")
+    resumes = [(row["nbytes"], row["resumes"]) for row in report["rows"] if row["resumes"]]
+    assert sorted(resumes) == [(64, 3), (2**20, 3)]
+
+
+@pytest.mark.parametrize("busy", ["encoder", "language", "both"])
+async def test_a_busy_process_is_measured_in_the_same_rounds(busy: str) -> None:
+    report = await bench("--busy", busy, "--sizes", "64KiB,128KiB")
+    paths = [*PATHS, f"aiomm shm, busy {busy}"]
+    sizes = (2**16, 2**17)
+    assert rows_of(report) == [("back to back", size, path) for size in sizes for path in paths]
+
+
+async def test_a_heartbeat_tells_for_how_long_each_loop_was_held() -> None:
+    report = await bench("--heartbeat", "--stream", "--busy", "both")
+    heartbeat = report["heartbeat"]
+    assert heartbeat.keys() == {"bounds_ms", "encoder", "language"}
+    assert heartbeat["bounds_ms"] == [0.25, 0.5, 1, 2, 5, 10]
+    for process in ("encoder", "language"):
+        assert heartbeat[process].keys() == {"aiomm shm", "aiomm shm, busy both"}
+        for beats in heartbeat[process].values():
+            processor, wall = beats["processor"], beats["wall"]
+            assert len(processor["counts"]) == len(wall["counts"]) == 7
+            assert sum(processor["counts"]) == sum(wall["counts"]) >= 2  # one in each round
+            assert processor["longest_ms"] > 0
+            assert wall["longest_ms"] > 0
+
+
+async def test_one_heart_beats_for_all_that_is_in_flight() -> None:
+    report = await bench("--heartbeat", "--concurrency", "3")
+    for process in ("encoder", "language"):
+        [beats] = report["heartbeat"][process].values()
+        assert sum(beats["wall"]["counts"]) > 0
+
+
+async def test_the_table_tells_of_a_busy_process_and_of_the_heartbeat() -> None:
+    done = await outcome_of("bench", *TINY, "--stream", "--busy", "encoder", "--heartbeat")
+    assert (done.code, done.errors) == (0, ""), done
+    for words in (
+        "a quarter of each size",
+        "busy: the same while a thread spins in pure Python, in the encoder process",
+        "loop held: encoder at most ",
+        "loop held: language at most ",
+    ):
+        assert words in done.output
+    figures = next(line for line in done.output.splitlines() if "64 KiB" in line).split()
+    _, _, _, _, quiet, *_, busy, times = (figure.replace(",", "") for figure in figures)
+    assert float(times) == pytest.approx(float(busy) / float(quiet), rel=0.1)
 
 
 async def test_many_at_a_time_over_tcp() -> None:
@@ -106,6 +173,11 @@ async def test_the_table_and_its_files(tmp_path: Path) -> None:
         (["--rounds", "0"], "--rounds"),
         (["--concurrency", "0"], "--concurrency"),
         (["--arrival", "late"], "late"),
+        (["--stream", "--resume"], "--stream and --resume"),
+        (["--busy", "all"], "all"),
+        (["--busy", "both", "--arrival", "both"], "--busy is for --arrival back-to-back"),
+        (["--busy", "both", "--arrival", "sparse"], "--busy is for --arrival back-to-back"),
+        (["--busy", "both", "--concurrency", "2"], "--busy is for one transfer at a time"),
         (["--device", "abacus"], "abacus"),
         (["--plot", "a.gif"], "must end with .png or .svg"),
         (["--plot", "/no such folder/a.png"], "there is no such folder"),
@@ -167,6 +239,34 @@ async def test_nobody_stays_when_one_is_gone(which: str) -> None:
     assert not any(str(pid) in os.listdir("/proc") for pid in started)
 
 
+def test_the_spinner_runs_only_meanwhile(no_leaks: None) -> None:
+    def spinners() -> list[str]:
+        return [each.name for each in threading.enumerate() if each.name == "spinner"]
+
+    spinner = Spinner()
+    for _ in range(2):
+        assert not spinners()
+        with spinner.spinning():
+            assert spinners() == ["spinner"]
+        spinner.wait_until_still()
+    assert not spinners()
+
+
+async def test_a_turn_that_computes_is_noted_whole() -> None:
+    heart = Heart("encoder")
+    assert heart.beats() == []
+    with heart.beating("here"), heart.beating("here"):
+        end = time.thread_time_ns() + 6_000_000
+        while time.thread_time_ns() < end:
+            pass
+        await asyncio.sleep(0)
+    [beats] = heart.beats()
+    assert (beats.process, beats.path) == ("encoder", "here")
+    assert beats.processor.longest >= 6_000_000
+    assert sum(beats.processor.counts) == sum(beats.wall.counts) > 0
+    assert sum(beats.processor.counts[-2:]) == 1  # over 5 ms
+
+
 class TestPlan:
     """Both processes derive the same steps and pools from one plan."""
 
@@ -187,6 +287,27 @@ class TestPlan:
         shape = plan.pools()[plan.pool_of(nbytes)]
         assert 2 * shape.default_blocks * shape.block_size * plan.row_nbytes == nbytes
         assert shape.blocks >= (concurrency + 1) * 2 * shape.default_blocks
+
+    @pytest.mark.parametrize("concurrency", [1, 5])
+    @pytest.mark.parametrize("nbytes", [64, 192, 64000, 2**16, 10**6, 2**20, 2**26, 2**30])
+    def test_a_quarter_of_the_tokens_is_the_pool(self, nbytes: int, concurrency: int) -> None:
+        plan = Plan(sizes=(nbytes, 2**16), stream=True, concurrency=concurrency)
+        shape = plan.pools()[plan.pool_of(nbytes)]
+        assert 4 * shape.blocks * shape.block_size * plan.row_nbytes == nbytes
+        assert shape.default_blocks == shape.blocks <= 1024  # so that one grant is all of it
+        assert plan.buffered_nbytes == concurrency * max(nbytes, 2**16)
+
+    @pytest.mark.parametrize(
+        ("busy", "processes"),
+        [("encoder", {"encoder"}), ("language", {"language"}), ("both", {"encoder", "language"})],
+    )
+    def test_only_the_busy_step_spins(self, busy: Busy, processes: set[Process]) -> None:
+        plan = Plan(sizes=(64,), rounds=1, warm_up_rounds=0, arrivals=("back to back",), busy=busy)
+        *quiet, last = plan.steps()
+        assert [step.is_transfer for step in quiet] == [False, False, True]
+        both: tuple[Process, ...] = ("encoder", "language")
+        assert {process for process in both if plan.spins(process, last)} == processes
+        assert not any(plan.spins(process, step) for process in both for step in quiet)
 
     def test_one_pool_holds_all_that_is_in_flight(self) -> None:
         plan = Plan(sizes=(192, 2**26), concurrency=5)

@@ -13,7 +13,8 @@ from ..errors import PlaneUnavailable
 from ..protocol.states import State
 from ..sender import Sender, Transfer
 from ..types import Field, Schema
-from .floor import Copier, Source, copier_on, nanoseconds_of
+from .beside import Beside
+from .floor import STILL, Copier, Source, acknowledged, copier_on, nanoseconds_of
 from .link import take_addresses
 from .messages import Copied, Left, Message, tell
 from .plan import MEMCPY_ACK, Plan, Step
@@ -62,12 +63,14 @@ class Encoder:
         self._copier = copier
         self._link = link
         self._addresses = addresses
+        self._beside = Beside(plan, "encoder")
         self._began = time.monotonic()
 
     async def run(self) -> None:
         """Take the steps."""
         for steps in self._plan.told_together():
-            tell([await self._take(step) for step in steps])
+            taken = [await self._take(step) for step in steps]
+            tell([*taken, *self._beside.beats()])
 
     async def _take(self, step: Step) -> Message:
         if not step.is_transfer:
@@ -80,7 +83,10 @@ class Encoder:
         transfer = self._claim(step, "0-0")
         await _granted(transfer)
         await self._pause(step)
-        return Left(step.number, *await self._send(step, transfer))
+        at, plane = await self._send(step, transfer)
+        if step.is_busy:
+            acknowledged(self._link, STILL)  # what comes next is measured beside nobody
+        return Left(step.number, at, plane)
 
     async def _send_many(self, step: Step) -> Left:
         """Send from several workers, each one transfer after the other."""
@@ -114,9 +120,10 @@ class Encoder:
         """Return when the tensors were given, and the plane that took them."""
         plan = self._plan
         rows = self._source.next_rows(plan.num_tokens(step.nbytes), plan.row_nbytes)
-        began = time.monotonic_ns()
-        transfer.send({"rows": rows})
-        stats = await transfer
+        with self._beside.spinning(step), self._beside.beating(step):
+            began = time.monotonic_ns()
+            transfer.send({"rows": rows})
+            stats = await transfer
         return began, stats.plane
 
     async def _pause(self, step: Step) -> None:

@@ -15,14 +15,25 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from ..gpu.choice import device_ordinal
+from .busy import Spinner
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Acknowledger", "Copier", "Source", "copier_on", "nanoseconds_of"]
+__all__ = [
+    "STILL",
+    "Acknowledger",
+    "Copier",
+    "Source",
+    "acknowledged",
+    "copier_on",
+    "nanoseconds_of",
+]
 
 PAGE_NBYTES = 4096
 SIGNAL = b"\0"
+STILL = b"\1"
+"""Answered only when no thread spins at the other side any more."""
 
 
 class Source:
@@ -106,13 +117,13 @@ def nanoseconds_of(copy: Copier, nbytes: int, link: socket.socket | None = None)
     return time.monotonic_ns() - began
 
 
-def acknowledged(link: socket.socket) -> None:
+def acknowledged(link: socket.socket, signal: bytes = SIGNAL) -> None:
     """Send one byte and wait for the answer. Blocks.
 
     Raises:
         EOFError: the other side is gone.
     """
-    link.sendall(SIGNAL)
+    link.sendall(signal)
     if not link.recv(1):
         raise EOFError("the other side is gone")
 
@@ -120,13 +131,16 @@ def acknowledged(link: socket.socket) -> None:
 class Acknowledger:
     """Answers every byte with a byte, in a thread, until the other side has closed."""
 
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, link: socket.socket, spinner: Spinner) -> None:
         self._link = link
+        self._spinner = spinner
         threading.Thread(target=self._answer, name="acknowledger", daemon=True).start()
 
     def _answer(self) -> None:
         try:
-            while self._link.recv(1):
+            while signal := self._link.recv(1):
+                if signal == STILL:
+                    self._spinner.wait_until_still()
                 self._link.sendall(SIGNAL)
         except OSError:
             pass  # the other side is gone, which the command notices

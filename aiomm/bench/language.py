@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from ..buffers.arrays import load_array_library
 from ..receiver import Receiver
 from ..types import Field, Schema
+from .beside import Beside
 from .floor import Acknowledger
 from .link import put_addresses
 from .messages import Arrived, tell
@@ -29,15 +31,9 @@ async def receive_all(plan: Plan, link: socket.socket) -> None:
     async with AsyncExitStack() as stack:
         receivers = [await stack.enter_async_context(each) for each in _receivers(plan)]
         put_addresses(link, [receiver.address or "" for receiver in receivers])
-        Acknowledger(link)
-        for steps in plan.told_together():
-            tell(
-                [
-                    await _receive_step(plan, receivers[plan.pool_of(step.nbytes)], step)
-                    for step in steps
-                    if step.is_transfer
-                ]
-            )
+        beside = Beside(plan, "language")
+        Acknowledger(link, beside.spinner)
+        await Language(plan, receivers, beside).run()
         await asyncio.get_running_loop().create_future()  # the encoder may need us to the end
 
 
@@ -52,34 +48,51 @@ def _receivers(plan: Plan) -> list[Receiver]:
             block_size=shape.block_size,
             default_blocks=shape.default_blocks,
             max_tokens=plan.num_tokens(max(plan.sizes)),
+            max_buffered_bytes=plan.buffered_nbytes,
             timeout=plan.timeout,
         )
         for shape in plan.pools()
     ]
 
 
-async def _receive_step(plan: Plan, receiver: Receiver, step: Step) -> Arrived:
-    if plan.concurrency == 1:
-        return Arrived(step.number, *await _receive(receiver, f"{step.number}-0-0"))
-    async with asyncio.TaskGroup() as group:
-        workers = [
-            group.create_task(_receive_some(plan, receiver, step, worker))
-            for worker in range(plan.concurrency)
-        ]
-    ends, resumes = zip(*(worker.result() for worker in workers), strict=True)
-    return Arrived(step.number, max(ends), max(resumes))
+class Language:
+    """Goes through the transfers of the plan."""
 
+    def __init__(self, plan: Plan, receivers: Sequence[Receiver], beside: Beside) -> None:
+        self._plan = plan
+        self._receivers = receivers
+        self._beside = beside
 
-async def _receive_some(plan: Plan, receiver: Receiver, step: Step, worker: int) -> tuple[int, int]:
-    """Receive what one worker of the encoder sends; return the end, and the most resumes."""
-    ended, most = 0, 0
-    for number in range(plan.transfers_of(step)):
-        ended, resumes = await _receive(receiver, f"{step.number}-{worker}-{number}")
-        most = max(most, resumes)
-    return ended, most
+    async def run(self) -> None:
+        """Receive them all."""
+        for steps in self._plan.told_together():
+            arrived = [await self._receive_step(step) for step in steps if step.is_transfer]
+            tell([*arrived, *self._beside.beats()])
 
+    async def _receive_step(self, step: Step) -> Arrived:
+        if self._plan.concurrency == 1:
+            return Arrived(step.number, *await self._receive(step, "0-0"))
+        async with asyncio.TaskGroup() as group:
+            workers = [
+                group.create_task(self._receive_some(step, worker))
+                for worker in range(self._plan.concurrency)
+            ]
+        ends, resumes = zip(*(worker.result() for worker in workers), strict=True)
+        return Arrived(step.number, max(ends), max(resumes))
 
-async def _receive(receiver: Receiver, request_id: str) -> tuple[int, int]:
-    async with receiver.receive(request_id) as lease:
-        ended = time.monotonic_ns()
-        return ended, lease.stats.resumes
+    async def _receive_some(self, step: Step, worker: int) -> tuple[int, int]:
+        """Receive what one worker of the encoder sends; return the end, and the most resumes."""
+        ended, most = 0, 0
+        for number in range(self._plan.transfers_of(step)):
+            ended, resumes = await self._receive(step, f"{worker}-{number}")
+            most = max(most, resumes)
+        return ended, most
+
+    async def _receive(self, step: Step, name: str) -> tuple[int, int]:
+        """Return when it was there, and its resumes."""
+        receiver = self._receivers[self._plan.pool_of(step.nbytes)]
+        with self._beside.spinning(step), self._beside.beating(step):
+            lease = await receiver.receive(f"{step.number}-{name}")
+            ended = time.monotonic_ns()
+        with lease:
+            return ended, lease.stats.resumes

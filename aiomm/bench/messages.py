@@ -13,7 +13,9 @@ from typing import TypeAlias
 
 import msgspec
 
-__all__ = ["Arrived", "Broke", "Copied", "Left", "Message", "decode", "tell"]
+from .plan import Process
+
+__all__ = ["Arrived", "Beats", "Broke", "Copied", "Held", "Left", "Message", "decode", "tell"]
 
 
 class Copied(msgspec.Struct, frozen=True, tag=True):
@@ -40,13 +42,33 @@ class Arrived(msgspec.Struct, frozen=True, tag=True):
     """Of one transfer; the most of any of them."""
 
 
+class Held(msgspec.Struct):
+    """For how long a loop was held, many times."""
+
+    counts: list[int]
+    """Times within each of the bounds of `heartbeat`, and above the last."""
+    longest: int = 0
+    """Nanoseconds."""
+
+
+class Beats(msgspec.Struct, frozen=True, tag=True):
+    """What a process has noted of its loop up to now, during transfers on one path."""
+
+    process: Process
+    path: str
+    processor: Held
+    """What the thread of the loop has computed between two beats."""
+    wall: Held
+    """What has passed between two beats."""
+
+
 class Broke(msgspec.Struct, frozen=True, tag=True):
     """The process ends because of this."""
 
     error: str
 
 
-Message: TypeAlias = Copied | Left | Arrived | Broke
+Message: TypeAlias = Copied | Left | Arrived | Beats | Broke
 
 _decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 

@@ -14,12 +14,26 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-__all__ = ["MEMCPY", "MEMCPY_ACK", "Arrival", "Plan", "PoolShape", "Step", "size_from", "size_name"]
+__all__ = [
+    "AIOMM",
+    "AIOMM_BUSY",
+    "MEMCPY",
+    "MEMCPY_ACK",
+    "Arrival",
+    "Busy",
+    "Plan",
+    "PoolShape",
+    "Process",
+    "Step",
+    "size_from",
+    "size_name",
+]
 
 MEMCPY = "memcpy"
 MEMCPY_ACK = "memcpy + ack"
 AIOMM = "aiomm"
-PATHS = (MEMCPY, MEMCPY_ACK, AIOMM)
+AIOMM_BUSY = "aiomm, busy"
+"""The same, beside a thread that spins."""
 
 SPARSE_SECONDS = (0.010, 0.030)
 """Between one start and the next, if they are sparse."""
@@ -37,6 +51,8 @@ RATE_TRANSFERS = 20
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 Arrival: TypeAlias = Literal["back to back", "sparse"]
+Process: TypeAlias = Literal["encoder", "language"]
+Busy: TypeAlias = Process | Literal["both"]
 
 
 class Step(NamedTuple):
@@ -54,7 +70,12 @@ class Step(NamedTuple):
     @property
     def is_transfer(self) -> bool:
         """It goes through aiomm; else it is a floor."""
-        return self.path == AIOMM
+        return self.path in (AIOMM, AIOMM_BUSY)
+
+    @property
+    def is_busy(self) -> bool:
+        """A thread spins beside it."""
+        return self.path == AIOMM_BUSY
 
 
 class PoolShape(NamedTuple):
@@ -80,6 +101,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Over 1: measure the rate with so many transfers in flight."""
     resume: bool = False
     """The first grant is for half of the tokens."""
+    stream: bool = False
+    """The pool holds a quarter of the tokens; not together with `resume`."""
+    busy: Busy | None = None
+    """Where a thread spins during some transfers; only back to back, one at a time."""
+    heartbeat: bool = False
+    """Find out for how long the loops are held."""
     checksum: bool = False
     seed: int = 0
     timeout: float = 60.0
@@ -87,13 +114,29 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of one token; half of every size is a whole number of tokens."""
-        return math.gcd(LARGEST_ROW_NBYTES, *(nbytes // 2 for nbytes in self.sizes))
+        """Bytes of one token; what is granted of any size at first is a whole number of tokens."""
+        parts = 4 if self.stream else 2
+        return math.gcd(LARGEST_ROW_NBYTES, *(nbytes // parts for nbytes in self.sizes))
 
     @property
     def buffer_nbytes(self) -> int:
         """Bytes of the source and of the floor's target."""
         return max(COLD_NBYTES, 2 * max(self.sizes))
+
+    @property
+    def buffered_nbytes(self) -> int | None:
+        """Bytes that the language side may hold outside its pools; None if it needs no more."""
+        return self.concurrency * max(self.sizes) if self.stream else None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What is measured at every size, in this order."""
+        quiet = (MEMCPY, MEMCPY_ACK, AIOMM)
+        return (*quiet, AIOMM_BUSY) if self.busy else quiet
+
+    def spins(self, process: Process, step: Step) -> bool:
+        """Whether a thread of that process spins during the step."""
+        return step.is_busy and self.busy in (process, "both")
 
     def num_tokens(self, nbytes: int) -> int:
         """Tokens of a transfer of so many bytes."""
@@ -101,10 +144,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     def pool_of(self, nbytes: int) -> int:
         """Return which of the pools a transfer of so many bytes goes to."""
-        return self.sizes.index(nbytes) if self.resume else 0
+        return self.sizes.index(nbytes) if self.resume or self.stream else 0
 
     def pools(self) -> list[PoolShape]:
-        """One pool for all; but one for each size, of which a half is granted, with `resume`."""
+        """One pool for all; with `resume` and `stream` one for each size, made for it."""
+        if self.stream:
+            return [self._quarter_pool(nbytes) for nbytes in self.sizes]
         if self.resume:
             return [self._halving_pool(nbytes) for nbytes in self.sizes]
         block_size = max(1, BLOCK_NBYTES // 4 // self.row_nbytes)
@@ -126,6 +171,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         transfers = max(self.concurrency + 1, min(MAX_TRANSFERS, COLD_NBYTES // nbytes))
         return PoolShape(2 * transfers * default_blocks, half // default_blocks, default_blocks)
 
+    def _quarter_pool(self, nbytes: int) -> PoolShape:
+        quarter = self.num_tokens(nbytes) // 4
+        blocks = math.gcd(quarter, max(1, nbytes // 4 // BLOCK_NBYTES))
+        return PoolShape(blocks, quarter // blocks, blocks)
+
     def transfers_of(self, step: Step) -> int:
         """Return how many transfers each of the concurrent workers makes in a step."""
         if self.concurrency == 1:
@@ -139,7 +189,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         number = 0
         for turn in range(self.warm_up_rounds + self.rounds):
             for arrival in self._arrivals():
-                pairs = [(nbytes, path) for nbytes in self.sizes for path in PATHS]
+                pairs = [(nbytes, path) for nbytes in self.sizes for path in self.paths]
                 if arrival == "sparse":
                     chance.shuffle(pairs)
                 for nbytes, path in pairs:

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 import msgspec
 
 from ..errors import PeerLost
-from .messages import Arrived, Broke, Copied, Left, Message, decode
+from .messages import Arrived, Beats, Broke, Copied, Left, Message, decode
 from .plan import Plan
 from .results import Results
 
@@ -68,7 +68,7 @@ async def _follow(process: Process, results: Results, listener: Listener) -> Non
     while line := await process.stdout.readline():
         message = decode(line)
         match message:
-            case Copied() | Left() | Arrived():
+            case Copied() | Left() | Arrived() | Beats():
                 results.add(message)
             case Broke(error=error):
                 raise BenchBroke(error)

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
-from .messages import Arrived, Copied, Left
-from .plan import AIOMM, MEMCPY, MEMCPY_ACK, PATHS, Plan, Step, size_name
+from .heartbeat import BOUNDS_MS
+from .messages import Arrived, Beats, Copied, Held, Left
+from .plan import AIOMM, AIOMM_BUSY, MEMCPY, MEMCPY_ACK, Plan, Process, Step, size_name
 
 __all__ = ["Results", "Row", "machine", "peers_from"]
 
@@ -59,8 +60,9 @@ class Results:
         self._copied: dict[int, int] = {}
         self._left: dict[int, Left] = {}
         self._arrived: dict[int, Arrived] = {}
+        self._beats: dict[tuple[Process, str], Beats] = {}
 
-    def add(self, message: Copied | Left | Arrived) -> None:
+    def add(self, message: Copied | Left | Arrived | Beats) -> None:
         """Take what one of the processes told."""
         match message:
             case Copied(step=step, nanoseconds=nanoseconds):
@@ -69,6 +71,8 @@ class Results:
                 self._left[step] = message
             case Arrived(step=step):
                 self._arrived[step] = message
+            case Beats(process=process, path=path):
+                self._beats[process, path] = message  # they tell all that they know, every time
 
     @property
     def plane(self) -> str:
@@ -89,24 +93,39 @@ class Results:
         return list(self._rows())
 
     def as_json(self, command: str) -> dict[str, Any]:
-        """Return machine, rows and raw seconds as plain values."""
+        """Return machine, rows, raw seconds, and the heartbeat if there is one, as plain values."""
         seconds: dict[str, dict[str, dict[str, list[float]]]] = {}
         for (arrival, nbytes, path), each in self.seconds().items():
             by_size = seconds.setdefault(arrival, {}).setdefault(size_name(nbytes), {})
             by_size[self._told(path)] = each
+        heartbeat = {"heartbeat": self._heartbeat()} if self.plan.heartbeat else {}
         return {
             "command": command,
             "machine": machine(),
             "plane": self.plane,
             "rows": msgspec.to_builtins(self.rows()),
             "seconds": seconds,
+            **heartbeat,
         }
+
+    def longest_ms(self, process: Process, path: str) -> tuple[float, float]:
+        """Return the longest between two beats: of processor time, and by the clock."""
+        beats = self._beats[process, path]
+        return beats.processor.longest / 1e6, beats.wall.longest / 1e6
+
+    def _heartbeat(self) -> dict[str, Any]:
+        """Return for how long each loop was held at a time, by process and path."""
+        processes: dict[str, dict[str, dict[str, Any]]] = {}
+        for (process, path), beats in sorted(self._beats.items()):
+            held = {"processor": _held(beats.processor), "wall": _held(beats.wall)}
+            processes.setdefault(process, {})[self._told(path)] = held
+        return {"bounds_ms": BOUNDS_MS, **processes}
 
     def _rows(self) -> Iterator[Row]:
         figures = self.seconds()
         medians = {key: statistics.median(each) for key, each in figures.items()}
         for arrival, nbytes in dict.fromkeys((arrival, nbytes) for arrival, nbytes, _ in figures):
-            for path in PATHS:
+            for path in self.plan.paths:
                 key = (arrival, nbytes, path)
                 median = medians[key]
                 yield Row(
@@ -120,7 +139,7 @@ class Results:
                     times_memcpy=round(median / medians[arrival, nbytes, MEMCPY], 2),
                     times_floor=round(median / medians[arrival, nbytes, MEMCPY_ACK], 2),
                     per_second=round(1 / median, 1),
-                    resumes=self._resumes(nbytes) if path == AIOMM else 0,
+                    resumes=self._resumes(nbytes, path),
                 )
 
     def _seconds_of(self, step: Step) -> float:
@@ -130,12 +149,13 @@ class Results:
         elapsed = self._arrived[step.number].at - self._left[step.number].at
         return elapsed / 1e9 / (self.plan.concurrency * self.plan.transfers_of(step))
 
-    def _resumes(self, nbytes: int) -> int:
-        steps = (step for step in self.plan.steps() if step.is_transfer and step.nbytes == nbytes)
-        return max(self._arrived[step.number].resumes for step in steps)
+    def _resumes(self, nbytes: int, path: str) -> int:
+        steps = (step for step in self.plan.steps() if (step.nbytes, step.path) == (nbytes, path))
+        return max(self._arrived[step.number].resumes if step.is_transfer else 0 for step in steps)
 
     def _told(self, path: str) -> str:
-        return f"{AIOMM} {self.plane}" if path == AIOMM else path
+        ours = f"{AIOMM} {self.plane}"
+        return {AIOMM: ours, AIOMM_BUSY: f"{ours}, busy {self.plan.busy}"}.get(path, path)
 
 
 def machine() -> dict[str, Any]:
@@ -171,6 +191,10 @@ def _quartiles_us(seconds: Sequence[float]) -> tuple[float, float]:
         return round(seconds[0] * 1e6, 1), round(seconds[0] * 1e6, 1)
     low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return round(low * 1e6, 1), round(high * 1e6, 1)
+
+
+def _held(held: Held) -> dict[str, Any]:
+    return {"counts": held.counts, "longest_ms": round(held.longest / 1e6, 3)}
 
 
 def _cpu_model() -> str:

@@ -61,6 +61,14 @@ class ArrivalChoice(StrEnum):
     SPARSE = "sparse"
 
 
+class BusyChoice(StrEnum):
+    """Which processes of a benchmark are busy with something else."""
+
+    ENCODER = "encoder"
+    LANGUAGE = "language"
+    BOTH = "both"
+
+
 class BindChoice(StrEnum):
     """Which side listens."""
 
@@ -327,14 +335,27 @@ def bench(
     ] = "64KiB,1MiB,8MiB,64MiB",
     rounds: Annotated[int, typer.Option(min=1, help="Of each measurement, after 2 more.")] = 15,
     arrival: Annotated[
-        ArrivalChoice,
-        typer.Option(help="The next at once when one is done, or one every 10 to 30 ms."),
-    ] = ArrivalChoice.BOTH,
+        ArrivalChoice | None,
+        typer.Option(
+            help="The next at once when one is done, or one every 10 to 30 ms.",
+            show_default="both; back-to-back with --busy",
+        ),
+    ] = None,
     concurrency: Annotated[
         int, typer.Option(min=1, max=256, help="Over 1: the rate with so many in flight.")
     ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Grant half at first; each takes one resume.")
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Stream each through a pool of a quarter of its size.")
+    ] = False,
+    busy: Annotated[
+        BusyChoice | None,
+        typer.Option(help="Measure also beside a thread that spins there, in pure Python."),
+    ] = None,
+    heartbeat: Annotated[
+        bool, typer.Option("--heartbeat", help="Find out for how long the loops are held.")
     ] = False,
     checksum: Annotated[
         bool, typer.Option("--checksum", help="Checksum every chunk, and verify it.")
@@ -356,6 +377,8 @@ def bench(
     from ..bench.plan import Plan
     from .bench import Outputs, measure
 
+    if arrival is None:
+        arrival = ArrivalChoice.BACK_TO_BACK if busy else ArrivalChoice.BOTH
     plan = Plan(
         plane=plane.value,
         device=device,
@@ -364,6 +387,9 @@ def bench(
         arrivals=ARRIVALS[arrival],
         concurrency=concurrency,
         resume=resume,
+        stream=stream,
+        busy=busy.value if busy else None,
+        heartbeat=heartbeat,
         checksum=checksum,
     )
     outputs = Outputs(as_json, plot, peers, save)

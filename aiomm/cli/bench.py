@@ -59,6 +59,7 @@ async def measure(plan: Plan, outputs: Outputs, *, console: Console, errors: Con
 
 def _checked(plan: Plan, outputs: Outputs) -> list[Peer]:
     """Find out before anything is measured; return the peers of the plot."""
+    _check_combination(plan)
     if plan.checksum and not _is_installed("xxhash"):
         raise Unusable("--checksum needs python -m pip install 'aiomm[checksum]'")
     for path in filter(None, (outputs.plot, outputs.save)):
@@ -76,6 +77,15 @@ def _checked(plan: Plan, outputs: Outputs) -> list[Peer]:
         return [] if outputs.peers is None else peers_from(outputs.peers)
     except (ValueError, OSError) as exc:
         raise Unusable(f"--peers {exc}") from exc
+
+
+def _check_combination(plan: Plan) -> None:
+    if plan.stream and plan.resume:
+        raise Unusable("--stream and --resume: each wants a pool of its own kind, give one of them")
+    if plan.busy and plan.concurrency > 1:
+        raise Unusable("--busy is for one transfer at a time, without --concurrency")
+    if plan.busy and plan.arrivals != ("back to back",):
+        raise Unusable("--busy is for --arrival back-to-back only")
 
 
 def _is_installed(package: str) -> bool:

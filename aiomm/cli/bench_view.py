@@ -12,10 +12,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..bench.messages import Copied, Left, Message
-from ..bench.plan import SPARSE_SECONDS, Plan
+from ..bench.plan import AIOMM, AIOMM_BUSY, SPARSE_SECONDS, Busy, Plan, Process
 from ..bench.results import Results, Row, machine
 
 __all__ = ["BenchProgress", "machine_line", "show_results"]
+
+WORDS = ("size", "arrival")
+"""The columns that hold no figures."""
+BUSY: Mapping[Busy, str] = {
+    "encoder": "in the encoder process",
+    "language": "in the language process",
+    "both": "one in each process",
+}
 
 
 class BenchProgress(Progress):
@@ -50,10 +58,24 @@ def machine_line(facts: Mapping[str, Any]) -> str:
 
 
 def show_results(results: Results, console: Console) -> None:
-    """Print where and what was measured, and a row for each size and kind of arrival."""
+    """Print what was measured and where, a row for each size and arrival, and the heartbeat."""
     for name, line in _explanations(results):
         console.print(f"[bold]{name}[/bold]: {escape(line)}", soft_wrap=True, highlight=False)
     console.print(_table(results))
+    if results.plan.heartbeat:
+        for process in ("encoder", "language"):
+            line = _held_line(results, process)
+            console.print(f"[bold]loop held[/bold]: {line}", soft_wrap=True, highlight=False)
+
+
+def _held_line(results: Results, process: Process) -> str:
+    """Say for how long the loop of a process was held, quiet and busy."""
+    processor, wall = map(_milliseconds, results.longest_ms(process, AIOMM))
+    quiet = f"{processor} of processor time in a turn, beats of 1 ms up to {wall} apart"
+    if not results.plan.busy:
+        return f"{process} at most {quiet}"
+    processor, wall = map(_milliseconds, results.longest_ms(process, AIOMM_BUSY))
+    return f"{process} at most {quiet}; busy at most {processor}, up to {wall} apart"
 
 
 def _explanations(results: Results) -> list[tuple[str, str]]:
@@ -61,6 +83,8 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
     extras = [plan.device]
     if plan.resume:
         extras.append("half of the tokens granted at first, the rest by a resume")
+    if plan.stream:
+        extras.append("a pool of a quarter of each size, through which its transfers stream")
     if plan.checksum:
         extras.append("with checksums")
     least, most = (round(seconds * 1e3) for seconds in SPARSE_SECONDS)
@@ -72,11 +96,13 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
     if plan.concurrency > 1:
         arrival = f"{plan.concurrency} transfers at a time, each claimed when the last is done"
         clock = "from the first claim to the last arrival, divided by the number of transfers"
+    busy = f"the same while a thread spins in pure Python, {BUSY[plan.busy]}" if plan.busy else ""
     return [
         ("machine", machine_line(machine())),
         ("plane", f"{results.plane} ({', '.join(extras)})"),
         ("arrival", arrival),
         ("aiomm", f"{clock}; medians of {plan.rounds} rounds"),
+        *([("busy", busy)] if busy else []),
         (
             "floor",
             "one memcpy of the same bytes; + ack: and one byte to the other process and back",
@@ -85,38 +111,51 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
 
 
 def _table(results: Results) -> Table:
-    is_rate = results.plan.concurrency > 1
-    table = Table(box=SIMPLE_HEAD, padding=0)
-    table.add_column("size", no_wrap=True)
-    table.add_column("arrival", no_wrap=True)
-    columns = ["memcpy\nus", "+ ack\nus", "aiomm\nus", "quartiles\nus", "times\nmemcpy"]
-    for column in (*columns, "times\n+ ack", "GB/s", *(["per\nsecond"] if is_rate else [])):
-        table.add_column(column, justify="right", no_wrap=True)
     rows = results.rows()
+    keys = sorted(dict.fromkeys((row.nbytes, row.arrival) for row in rows))
+    lines = [
+        _cells(results.plan, [row for row in rows if (row.nbytes, row.arrival) == key])
+        for key in keys
+    ]
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for column in lines[0]:
+        table.add_column(column, justify="left" if column in WORDS else "right", no_wrap=True)
     size = ""
-    for nbytes, arrival in sorted(dict.fromkeys((row.nbytes, row.arrival) for row in rows)):
-        cells = _cells([row for row in rows if (row.nbytes, row.arrival) == (nbytes, arrival)])
-        table.add_row(cells[0] if cells[0] != size else "", *cells[1 : None if is_rate else -1])
-        size = cells[0]
+    for cells in lines:
+        told = cells | {"size": ""} if cells["size"] == size else cells
+        table.add_row(*told.values())
+        size = cells["size"]
     return table
 
 
-def _cells(rows: Sequence[Row]) -> list[str]:
-    copied, acknowledged, moved = rows
+def _cells(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
+    """Return a line of the table, by column; the rows are those of the plan's paths."""
+    copied, acknowledged, moved, *busy = rows
     low, high = map(_figure, moved.quartiles_us)
-    return [
-        moved.size,
-        moved.arrival,
-        _figure(copied.median_us),
-        _figure(acknowledged.median_us),
-        f"[bold]{_figure(moved.median_us)}[/bold]",
-        f"{low}-{high}",
-        f"{moved.times_memcpy:.2f}",
-        f"{moved.times_floor:.2f}",
-        f"{moved.gb_per_second:.3g}",
-        f"{moved.per_second:,.0f}",
-    ]
+    cells = {
+        "size": moved.size,
+        "arrival": moved.arrival,
+        "memcpy\nus": _figure(copied.median_us),
+        "+ ack\nus": _figure(acknowledged.median_us),
+        "aiomm\nus": f"[bold]{_figure(moved.median_us)}[/bold]",
+        "quartiles\nus": f"{low}-{high}",
+        "times\nmemcpy": f"{moved.times_memcpy:.2f}",
+        "times\n+ ack": f"{moved.times_floor:.2f}",
+        "GB/s": f"{moved.gb_per_second:.3g}",
+    }
+    if plan.concurrency > 1:
+        cells["per\nsecond"] = f"{moved.per_second:,.0f}"
+    if len(plan.arrivals) == 1 or plan.concurrency > 1:
+        del cells["arrival"]  # it is told above
+    for row in busy:
+        cells["busy\nus"] = _figure(row.median_us)
+        cells["times\nquiet"] = f"{row.median_us / moved.median_us:.2f}"
+    return cells
 
 
 def _figure(microseconds: float) -> str:
     return f"{microseconds:,.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
+
+
+def _milliseconds(milliseconds: float) -> str:
+    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.1f} ms"
