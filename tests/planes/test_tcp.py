@@ -615,6 +615,12 @@ class TestTcpPlane(PlaneContract):
                 continue
             assert longest == 1000
 
+    async def test_within_one_host_little_is_held_in_between(self, link: Link) -> None:
+        assert isinstance(link.remote, sending.TcpArena)
+        end = link.remote._connection._socket
+        held = end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        assert held == 2 * sockets.LOCAL_SEND_NBYTES
+
     @pytest.mark.parametrize(
         ("bind", "advertise"),
         [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...errors import PlaneUnavailable
-from .sockets import Endpoint, configure
+from .sockets import Endpoint, configure, configure_connected
 from .wire import (
     ANSWER,
     GREETING,
@@ -75,6 +75,7 @@ async def _connect_to(endpoint: Endpoint, preamble: bytes) -> Welcome:
         configure(connection)
         loop = asyncio.get_running_loop()
         await _establish(connection, endpoint)
+        configure_connected(connection)
         await loop.sock_sendall(connection, preamble)
         greeting = parse_greeting(await _receive(connection, GREETING.size))
         answers = parse_answers(await _receive(connection, greeting.num_answers * ANSWER.size))
