@@ -19,8 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 import aiomm
 from aiomm.buffers.tensors import TokenRows

@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
+
+import msgspec
 
 from ..buffers.arena import Arena
 from ..buffers.layout import ByteRange
@@ -45,8 +46,7 @@ class GrantKey(NamedTuple):
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """One piece of a write: `count` rows from `first` on, to the arena's bytes from `offset` on."""
 
     rows: TokenRows

@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
+
+from msgspec.structs import replace
 
 from ..buffers.arena import Arena, HostArena
 from ..buffers.layout import ByteRange
