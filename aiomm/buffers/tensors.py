@@ -285,7 +285,7 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def _dense_torch_source(name: str, field: Field, rows: torch.Tensor) -> _Source:
-    num_tokens, address = len(rows), rows.data_ptr()
+    num_tokens, address = rows.shape[0], rows.data_ptr()  # len() of torch's runs Python
     if not num_tokens:
         return _Source(0, memoryview(b""))
     if not address:
