@@ -59,9 +59,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.latency
-	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.peers --save $(VENV)/peers.json
 	$(BIN)/python -m benchmarks.two_hosts
 	$(BIN)/python -m benchmarks.strangers
+	$(BIN)/python -m benchmarks.goals --peers $(VENV)/peers.json
 
 # On a machine with an NVIDIA GPU, with or without network and .venv: the first Python here that
 # has a torch for CUDA, or the one that is named (make gpu GPU_PYTHON=python3.12). With GPU_OPTIONS

@@ -172,6 +172,7 @@ async def test_the_table_and_its_files(tmp_path: Path) -> None:
         (["--sizes", "2GiB"], "up to 1 GiB"),
         (["--rounds", "0"], "--rounds"),
         (["--concurrency", "0"], "--concurrency"),
+        (["--concurrency", "1001"], "--concurrency"),
         (["--arrival", "late"], "late"),
         (["--stream", "--resume"], "--stream and --resume"),
         (["--busy", "all"], "all"),
@@ -313,6 +314,20 @@ class TestPlan:
         plan = Plan(sizes=(192, 2**26), concurrency=5)
         [shape] = plan.pools()
         assert shape.blocks * shape.block_size * plan.row_nbytes >= 6 * 2**26
+
+    @pytest.mark.parametrize(
+        ("nbytes", "block_nbytes"),
+        [(64, 2**16), (2**26, 2**16), (2**28, 2**18), (2**30, 2**20), (10**9, 976_896)],
+    )
+    def test_one_grant_is_all_of_the_largest(self, nbytes: int, block_nbytes: int) -> None:
+        plan = Plan(sizes=(2**16, nbytes))
+        [shape] = plan.pools()
+        assert shape.block_size * plan.row_nbytes == block_nbytes
+        assert -(-nbytes // block_nbytes) <= 1024
+        assert shape.blocks * block_nbytes >= 2 * nbytes
+
+    def test_one_token_is_the_whole_of_a_small_transfer(self) -> None:
+        assert Plan(sizes=(4096,), concurrency=64).num_tokens(4096) == 1
 
     @pytest.mark.parametrize(
         ("text", "nbytes", "name"),

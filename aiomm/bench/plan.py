@@ -42,6 +42,8 @@ BLOCK_NBYTES = 256 * 1024
 COLD_NBYTES = 64 * 2**20
 """Sources, targets and pools are walked through and are at least so large, so that small copies
 do not stay in the caches either."""
+MAX_BLOCKS = 1024
+"""That one transfer takes of a pool for all, so that one grant is all of it."""
 MAX_TRANSFERS = 4096
 """That a pool holds for the sake of that."""
 ALIGNMENT = 64
@@ -115,7 +117,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def row_nbytes(self) -> int:
         """Bytes of one token; what is granted of any size at first is a whole number of tokens."""
-        parts = 4 if self.stream else 2
+        parts = 4 if self.stream else 2 if self.resume else 1
         return math.gcd(LARGEST_ROW_NBYTES, *(nbytes // parts for nbytes in self.sizes))
 
     @property
@@ -152,7 +154,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             return [self._quarter_pool(nbytes) for nbytes in self.sizes]
         if self.resume:
             return [self._halving_pool(nbytes) for nbytes in self.sizes]
-        block_size = max(1, BLOCK_NBYTES // 4 // self.row_nbytes)
+        longest = self.num_tokens(max(self.sizes))
+        block_size = max(BLOCK_NBYTES // 4 // self.row_nbytes, -(-longest // MAX_BLOCKS))
         nbytes = max(COLD_NBYTES, (self.concurrency + 1) * max(self.sizes))
         return [PoolShape(-(-nbytes // (block_size * self.row_nbytes)), block_size, 1)]
 

@@ -342,7 +342,7 @@ def bench(
         ),
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(min=1, max=256, help="Over 1: the rate with so many in flight.")
+        int, typer.Option(min=1, max=1000, help="Over 1: the rate with so many in flight.")
     ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Grant half at first; each takes one resume.")

@@ -12,6 +12,7 @@ from . import (
     mooncake,
     nixl,
     pickled_zmq,
+    raw_tcp,
     safetensors_file,
     torch_queue,
     zmq_frames,
@@ -28,5 +29,6 @@ PATHS: Mapping[str, Adapter] = {
     **nixl.PATHS,
     **gloo.PATHS,
     **safetensors_file.PATHS,
+    **raw_tcp.PATHS,
     **aiomm_planes.PATHS,
 }
