@@ -132,8 +132,10 @@ class Exports:
                 if export.revoke(grant) or name not in used:
                     continue
                 landing = export.landing(grant)
-                self._landing.setdefault(number, []).extend(landing)
-                proven = proven and bool(landing)
+                if landing:
+                    self._landing.setdefault(number, []).extend(landing)
+                else:
+                    proven = False
         return proven
 
     def puts(self, number: int, into_blocks: asyncio.Future[Any]) -> None:
