@@ -288,7 +288,10 @@ class Driver(Generic[_Endpoint]):
             while commands := self.endpoint.commands(self.now()):
                 for command in commands:
                     try:
-                        self._carry_out(command)
+                        if isinstance(command, Transmit):
+                            command.path.channel.send(command.path.peer, command.packet)
+                        else:
+                            self._carry_out(command)
                     except Exception:  # a bug in one command must not cost the others
                         logger.exception("! %s could not carry out %s", self.name, command)
         finally:
@@ -306,8 +309,6 @@ class Driver(Generic[_Endpoint]):
 
     def _carry_out(self, command: Command) -> None:
         match command:
-            case Transmit(path, packet):
-                path.channel.send(path.peer, packet)
             case Greet(peer, hello):
                 logger.debug("= %s has a link with %s", self.name, hello.name)
                 if hello.role == "receiver" and hello.stream and self.stream is not None:

@@ -359,6 +359,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self._buffered[number] = nbytes
 
     def _pump_queue(self) -> None:
+        if not self.queue.num_waiting:
+            return
         for number, allocation in self.queue.pump():
             self.endpoint.reserved(number, allocation, False, self.now())
         self.make_room()

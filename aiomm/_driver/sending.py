@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 from ..buffers.checksum import checksum_of_rows, new_checksum
@@ -101,6 +102,8 @@ class SendDriver(Driver[SendEndpoint]):
         self._hellos: dict[int, Hello] = {}
         """What each receiver said."""
         self._routes: dict[_RouteKey, asyncio.Task[Route]] = {}
+        self._standing: dict[_RouteKey, Route] = {}
+        """The routes that were found."""
         self._searching: dict[int, asyncio.Lock] = {}
         """For each receiver: one search at a time, since they share a probe slot."""
         self._detachments: set[asyncio.Task[None]] = set()
@@ -204,9 +207,14 @@ class SendDriver(Driver[SendEndpoint]):
                 return await find_route(hello, self.planes, strict=strict, probe=probe)
 
         task = self.loop.create_task(search(), name=f"{self.name} route to {hello.name}")
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task.add_done_callback(partial(self._searched, key))
         self._routes[key] = task
         return task
+
+    def _searched(self, key: _RouteKey, task: asyncio.Task[Route]) -> None:
+        is_found = not task.cancelled() and task.exception() is None
+        if is_found and self._routes.get(key) is task:
+            self._standing[key] = task.result()
 
     def _detach(self, peer: int) -> None:
         """Begin to detach from a receiver. Nothing cancels it, so that nothing stays mapped."""
@@ -214,6 +222,7 @@ class SendDriver(Driver[SendEndpoint]):
         self._searching.pop(peer, None)
         for key in [key for key in self._routes if key.peer == peer]:
             route = self._routes.pop(key)
+            self._standing.pop(key, None)
             detachment = self.loop.create_task(_detached(route), name=f"{self.name} detach")
             self._detachments.add(detachment)
             detachment.add_done_callback(self._detachments.discard)
@@ -248,14 +257,11 @@ class SendDriver(Driver[SendEndpoint]):
     def _write_at_once(self, command: Write) -> bool:
         """Carry a short write out now; False if a task has to do it."""
         generation = command.transfer.generation
-        search = self._routes.get(self._route_key(generation))
-        if search is None or not search.done() or generation not in self.watchers:
+        route = self._standing.get(self._route_key(generation))
+        if route is None or generation not in self.watchers:
             return False
-        if search.cancelled() or search.exception():
-            return False
-        route, sources = search.result(), self.sources[generation]
         self._used[generation] = route
-        runs = runs_of(sources, route, command.start, command.extents)
+        runs = runs_of(self.sources[generation], route, command.start, command.extents)
         if self.settings.checksum and sum(run.nbytes for run in runs) > PART_NBYTES:
             return False
         grant = GrantKey(route.link, generation, command.sequence)

@@ -146,7 +146,10 @@ class _ShmArena(RemoteArena):
     def _nbytes_on_loop(self, runs: Sequence[Run]) -> float:
         """Return how much the loop's thread would copy; tensors of a GPU are never for it."""
         nbytes = check_runs(runs, len(self._memory))
-        return nbytes if all(run.rows.device == "cpu" for run in runs) else math.inf
+        for run in runs:
+            if run.rows.device != "cpu":
+                return math.inf
+        return nbytes
 
     async def aclose(self) -> None:
         self._leave("detached")

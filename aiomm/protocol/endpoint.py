@@ -10,6 +10,7 @@ import heapq
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable
+from typing import ClassVar
 
 from ..errors import Failure, ProtocolError, Reason
 from .agenda import Agenda
@@ -32,6 +33,9 @@ class Endpoint(ABC):
         timing: how sessions keep time.
         max_peers: more than this are refused.
     """
+
+    _feeding: ClassVar[tuple[type[Command], ...]]
+    """Commands whose execution may feed the endpoint, before the next one is looked at."""
 
     def __init__(self, epoch: int, *, timing: Timing, max_peers: int) -> None:
         self.epoch = epoch
@@ -158,12 +162,8 @@ class Endpoint(ABC):
     def _is_knock(self, hello: Hello) -> bool:
         """Whether this Hello only asks this side to make the first contact."""
 
-    @abstractmethod
-    def _feeds_back(self, command: Command) -> bool:
-        """Whether to carry it out may feed this endpoint, before the next one is looked at."""
-
     def _is_void(self, command: Command) -> bool:
-        """Whether there is no need for it any more."""
+        """Whether there is no need any more for one of those."""
         return False
 
     @abstractmethod
@@ -210,10 +210,11 @@ class Endpoint(ABC):
         batch: list[Command] = []
         while self._commands:
             command = self._commands.popleft()
-            if not self._is_void(command):
+            if not isinstance(command, self._feeding):
                 batch.append(command)
-                if self._feeds_back(command):
-                    break
+            elif not self._is_void(command):
+                batch.append(command)
+                break
         return batch
 
     # First contact.

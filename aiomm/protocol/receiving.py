@@ -10,6 +10,7 @@ import hmac
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import msgspec
 
@@ -63,21 +64,6 @@ class _Request:
     """Somebody may still ask for the result."""
 
 
-_FEEDS_BACK = (
-    Reserve,
-    ReserveRest,
-    Unreserve,
-    Quarantine,
-    Release,
-    Verify,
-    MoveOut,
-    Join,
-    Deliver,
-    Fail,
-)
-"""Commands whose execution may feed the endpoint at once: blocks, or what the user does next."""
-
-
 class ReceiveEndpoint(Endpoint):
     """Receiver's protocol state; see :class:`Endpoint` for how it is driven.
 
@@ -92,6 +78,11 @@ class ReceiveEndpoint(Endpoint):
         always_verifies: have every chunk verified before it counts, also without a checksum:
             it may not be in its place yet.
     """
+
+    _feeding: ClassVar[tuple[type[Command], ...]] = (
+        *(Reserve, ReserveRest, Unreserve, Quarantine, Release),
+        *(Verify, MoveOut, Join, Deliver, Fail),
+    )  # blocks become free, or the user does something next
 
     def __init__(
         self,
@@ -278,9 +269,6 @@ class ReceiveEndpoint(Endpoint):
 
     def _is_needed(self, peer: int) -> bool:
         return bool(self._of_peer.get(peer))
-
-    def _feeds_back(self, command: Command) -> bool:
-        return isinstance(command, _FEEDS_BACK)
 
     def _is_void(self, command: Command) -> bool:
         """Whether it is a reservation that was answered, replaced or given up meanwhile."""
@@ -534,7 +522,7 @@ class ReceiveEndpoint(Endpoint):
         session = self.sessions.get(request.peer)
         for command in commands:
             if not isinstance(command, SendFrame):
-                self._do([command])
+                self._commands.append(command)
             elif session is not None:
                 session.send(command.frame)
         self._forget_if_over(request)

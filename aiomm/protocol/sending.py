@@ -10,6 +10,7 @@ import hmac
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import Failure, IncompatibleSchema, Reason, Rejected
 from ..types import Schema, TransferId
@@ -73,6 +74,8 @@ class SendEndpoint(Endpoint):
         max_waiting: bound on transfers that wait for a receiver, and on receivers that wait.
         part_tokens: see :class:`SendTransfer`.
     """
+
+    _feeding: ClassVar[tuple[type[Command], ...]] = (Write,)  # it may be finished at once
 
     def __init__(
         self,
@@ -225,9 +228,6 @@ class SendEndpoint(Endpoint):
 
     def _is_knock(self, hello: Hello) -> bool:
         return hello.role == "receiver" and not hello.link
-
-    def _feeds_back(self, command: Command) -> bool:
-        return isinstance(command, Write)  # it may be finished at once
 
     def _is_needed(self, peer: int) -> bool:
         return bool(self._of_peer.get(peer))
@@ -386,22 +386,23 @@ class SendEndpoint(Endpoint):
         opened = self._opened.get(generation)
         if opened is None:
             return
-        before = len(opened.transfer.history)
+        transfer = opened.transfer
+        before = len(transfer.history)
         try:
-            commands = opened.transfer.handle(event, now)
+            commands = transfer.handle(event, now)
         except (ProtocolViolation, IllegalTransition) as exc:
             self.counters["violations"] += 1
             failure = Failure(Reason.PROTOCOL, f"the receiver broke the protocol: {exc}")
-            commands = opened.transfer.handle(events.Failed(failure), now)
-        if len(opened.transfer.history) > before:
-            self._do([Tell(opened.transfer.id)])
+            commands = transfer.handle(events.Failed(failure), now)
+        if len(transfer.history) > before:
+            self._commands.append(Tell(transfer.id))
         self._apply(opened, commands)
 
     def _apply(self, opened: _Opened, commands: Iterable[Command]) -> None:
         session = self.sessions.get(opened.peer)
         for command in commands:
             if not isinstance(command, SendFrame):
-                self._do([command])
+                self._commands.append(command)
             elif session is not None:
                 session.send(command.frame)
         if opened.transfer.is_settled:

@@ -208,7 +208,7 @@ class Session:
         if now >= self._heard_or_asked + self._timing.ping and self._expects_signs():
             chosen.append((0, Ping()))
             self._heard_or_asked = now
-        return [self._encoded(sequence, frame) for sequence, frame in chosen]
+        return [self._encoded(*each) for each in chosen] if chosen else []
 
     def next_deadline(self) -> float:
         """Return when :meth:`packets` or :meth:`is_silent` has to be asked again."""

@@ -37,6 +37,8 @@ def one_run(extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
 
 def part_of(extents: tuple[Extent, ...], skip: int, count: int) -> tuple[Extent, ...]:
     """Return the part of `extents` that holds `count` tokens behind the first `skip`."""
+    if not skip and len(extents) == 1 and extents[0].num_tokens <= count:
+        return extents
     chosen: list[Extent] = []
     for start, stop in extents:
         begin, end = start + skip, min(stop, start + skip + count)
@@ -90,6 +92,7 @@ class Transfer:
 
     def _count(self, sequence: int, count: int) -> None:
         if count:
-            self.chunks += [0] * (sequence + 1 - len(self.chunks))
+            while len(self.chunks) <= sequence:
+                self.chunks.append(0)
             self.chunks[sequence] += count
             self.transferred_tokens += count
