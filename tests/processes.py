@@ -260,7 +260,7 @@ def nothing_new(before: dict[str, set[str]]) -> Callable[[], bool]:
         if now - before["descriptors"]:
             return False
         after = resources()  # slow: it collects garbage
-        # The loop's own threads go with the loop; it may start a second while the first still rests.
+        # The loop's own threads go with the loop, which may start a second while one rests.
         after["threads"] = {each for each in after["threads"] if not each.startswith("asyncio_")}
         return not any(after[name] - before[name] for name in after)
 
