@@ -275,11 +275,21 @@ class TestPlan:
         plan = Plan(sizes=(64, 4096), rounds=1, warm_up_rounds=1)
         steps = list(plan.steps())
         assert steps == list(plan.steps())
-        assert [step.number for step in steps] == list(range(24))
-        kinds = [(step.turn, step.arrival, step.nbytes, step.path) for step in steps]
-        assert len(set(kinds)) == 24
+        assert [step.number for step in steps] == list(range(26))
+        kinds = {(step.turn, step.arrival, step.nbytes, step.path) for step in steps}
+        assert len(kinds) == 24
         assert all(bool(step.pause) == (step.arrival == "sparse") for step in steps)
-        assert [plan.is_warm_up(step) for step in steps] == [True] * 12 + [False] * 12
+        assert [plan.is_warm_up(step) for step in steps] == [True] * 14 + [False] * 12
+
+    def test_back_to_back_begins_with_a_rehearsal(self) -> None:
+        """Both processes have just told what they measured: the first figure would be too high."""
+        plan = Plan(sizes=(64, 4096), rounds=2, warm_up_rounds=0)
+        rehearsals = [step for step in plan.steps() if step.is_rehearsal]
+        assert [(step.turn, step.arrival) for step in rehearsals] == [
+            (0, "back to back"),
+            (1, "back to back"),
+        ]
+        assert all(plan.is_warm_up(step) and not step.is_transfer for step in rehearsals)
 
     @pytest.mark.parametrize("concurrency", [1, 5])
     @pytest.mark.parametrize("nbytes", [64, 192, 64000, 2**16, 10**6, 2**20, 2**26])
@@ -305,7 +315,7 @@ class TestPlan:
     def test_only_the_busy_step_spins(self, busy: Busy, processes: set[Process]) -> None:
         plan = Plan(sizes=(64,), rounds=1, warm_up_rounds=0, arrivals=("back to back",), busy=busy)
         *quiet, last = plan.steps()
-        assert [step.is_transfer for step in quiet] == [False, False, True]
+        assert [step.is_transfer for step in quiet] == [False, False, False, True]
         both: tuple[Process, ...] = ("encoder", "language")
         assert {process for process in both if plan.spins(process, last)} == processes
         assert not any(plan.spins(process, step) for process in both for step in quiet)

@@ -68,6 +68,8 @@ class Step(NamedTuple):
     path: str
     pause: float
     """Seconds after the start of the step before; 0 means at once."""
+    is_rehearsal: bool = False
+    """First of a round and never counted: both processes have just told what they measured."""
 
     @property
     def is_transfer(self) -> bool:
@@ -161,7 +163,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_warm_up(self, step: Step) -> bool:
         """Whether the step does not count."""
-        return step.turn < self.warm_up_rounds
+        return step.is_rehearsal or step.turn < self.warm_up_rounds
 
     def told_together(self) -> Iterator[Iterator[Step]]:
         """Yield the steps of every round and kind of arrival."""
@@ -195,6 +197,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
                 pairs = [(nbytes, path) for nbytes in self.sizes for path in self.paths]
                 if arrival == "sparse":
                     chance.shuffle(pairs)
+                else:
+                    yield Step(number, turn, arrival, self.sizes[0], MEMCPY_ACK, 0.0, True)
+                    number += 1
                 for nbytes, path in pairs:
                     pause = chance.uniform(*SPARSE_SECONDS) if arrival == "sparse" else 0.0
                     yield Step(number, turn, arrival, nbytes, path, pause)
