@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.console import Console
 from .. import __version__
 from ..config import ReceiverSettings, SenderSettings, settings_from
 from ..types import Field, Schema
+from . import bench_options
 from .device import ensure_well_formed
 from .endpoint import EndpointOptions
 from .running import Exit, fail, finish
@@ -53,34 +53,12 @@ class ControlChoice(StrEnum):
     AIOZMQ = "aiozmq"
 
 
-class ArrivalChoice(StrEnum):
-    """How the transfers of a benchmark follow each other."""
-
-    BOTH = "both"
-    BACK_TO_BACK = "back-to-back"
-    SPARSE = "sparse"
-
-
-class BusyChoice(StrEnum):
-    """Which processes of a benchmark are busy with something else."""
-
-    ENCODER = "encoder"
-    LANGUAGE = "language"
-    BOTH = "both"
-
-
 class BindChoice(StrEnum):
     """Which side listens."""
 
     RECEIVER = "receiver"
     SENDER = "sender"
 
-
-ARRIVALS: Mapping[ArrivalChoice, tuple[Literal["back to back", "sparse"], ...]] = {
-    ArrivalChoice.BOTH: ("back to back", "sparse"),
-    ArrivalChoice.BACK_TO_BACK: ("back to back",),
-    ArrivalChoice.SPARSE: ("sparse",),
-}
 
 BindOption = Annotated[
     str | None, typer.Option("--bind", metavar="ADDR", help="Listen here: tcp://HOST:PORT.")
@@ -120,15 +98,6 @@ AdvertiseOption = Annotated[
 ]
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Allow addresses off this host without keys.")
-]
-PeersOption = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True,
-        dir_okay=False,
-        metavar="FILE.json",
-        help="Draw these rows of other paths too; the form is that of --save.",
-    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -330,46 +299,19 @@ def doctor(as_json: JsonOption = False) -> None:
 def bench(
     plane: PlaneOption = PlaneChoice.AUTO,
     device: DeviceOption = "cpu",
-    sizes: Annotated[
-        str, typer.Option(metavar="SIZE,...", help="Bytes of one transfer.")
-    ] = "64KiB,1MiB,8MiB,64MiB",
-    rounds: Annotated[int, typer.Option(min=1, help="Of each measurement, after 2 more.")] = 15,
-    arrival: Annotated[
-        ArrivalChoice | None,
-        typer.Option(
-            help="The next at once when one is done, or one every 10 to 30 ms.",
-            show_default="both; back-to-back with --busy",
-        ),
-    ] = None,
-    concurrency: Annotated[
-        int, typer.Option(min=1, max=1000, help="Over 1: the rate with so many in flight.")
-    ] = 1,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Grant half at first; each takes one resume.")
-    ] = False,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Stream each through a pool of a quarter of its size.")
-    ] = False,
-    busy: Annotated[
-        BusyChoice | None,
-        typer.Option(help="Measure also beside a thread that spins there, in pure Python."),
-    ] = None,
-    heartbeat: Annotated[
-        bool, typer.Option("--heartbeat", help="Find out for how long the loops are held.")
-    ] = False,
-    checksum: Annotated[
-        bool, typer.Option("--checksum", help="Checksum every chunk, and verify it.")
-    ] = False,
+    sizes: bench_options.SizesOption = "64KiB,1MiB,8MiB,64MiB",
+    rounds: bench_options.RoundsOption = 15,
+    arrival: bench_options.ArrivalOption = None,
+    concurrency: bench_options.ConcurrencyOption = 1,
+    resume: bench_options.ResumeOption = False,
+    stream: bench_options.StreamOption = False,
+    busy: bench_options.BusyOption = None,
+    heartbeat: bench_options.HeartbeatOption = False,
+    checksum: bench_options.ChecksumOption = False,
     as_json: JsonOption = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(dir_okay=False, metavar="FILE.png|svg", help="Draw it, with matplotlib."),
-    ] = None,
-    peers: PeersOption = None,
-    save: Annotated[
-        Path | None,
-        typer.Option(dir_okay=False, metavar="FILE.json", help="Keep the figures."),
-    ] = None,
+    plot: bench_options.PlotOption = None,
+    peers: bench_options.PeersOption = None,
+    save: bench_options.SaveOption = None,
 ) -> None:
     """Measure transfers between two processes, against a memcpy of the same bytes."""
     _check_environment()
@@ -378,13 +320,14 @@ def bench(
     from .bench import Outputs, measure
 
     if arrival is None:
-        arrival = ArrivalChoice.BACK_TO_BACK if busy else ArrivalChoice.BOTH
+        choices = bench_options.ArrivalChoice
+        arrival = choices.BACK_TO_BACK if busy else choices.BOTH
     plan = Plan(
         plane=plane.value,
         device=device,
         sizes=_sizes(sizes),
         rounds=rounds,
-        arrivals=ARRIVALS[arrival],
+        arrivals=bench_options.ARRIVALS[arrival],
         concurrency=concurrency,
         resume=resume,
         stream=stream,
