@@ -288,7 +288,7 @@ class Driver(Generic[_Endpoint]):
             while commands := self.endpoint.commands(self.now()):
                 for command in commands:
                     try:
-                        if isinstance(command, Transmit):
+                        if isinstance(command, Transmit):  # most are
                             command.path.channel.send(command.path.peer, command.packet)
                         else:
                             self._carry_out(command)

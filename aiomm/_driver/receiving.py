@@ -24,6 +24,7 @@ from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, er
 from ..gpu.lanes import Mark, finished
 from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Plane
+from ..planes.copying import LoopTime
 from ..protocol.commands import (
     Command,
     CompareProbe,
@@ -53,7 +54,6 @@ from .memory import Joined, Memory
 __all__ = ["Delivery", "ReceiveDriver", "Waiter"]
 
 logger = logging.getLogger("aiomm.receiver")
-
 
 AT_ONCE_NBYTES = 1 << 20
 """Up to here a chunk is verified on the loop's thread: 0.1 ms, less than the way to another."""
@@ -154,6 +154,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._buffered: dict[int, int] = {}
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
         self._making_room: asyncio.Task[None] | None = None
+        self._loop_time = LoopTime()
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="aiomm-join")
         self._freed = asyncio.Event()
 
@@ -417,6 +418,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             return False
         nbytes = self.schema.token_nbytes * sum(extent.num_tokens for extent in extents)
         if checksum and (nbytes > AT_ONCE_NBYTES or arena.device != "cpu"):
+            return False
+        if checksum and not self._loop_time.is_left():
             return False
         try:
             matches = not checksum or checksum == checksum_of_extents(self.layout, arena, extents)

@@ -261,11 +261,11 @@ class SendDriver(Driver[SendEndpoint]):
         if route is None or generation not in self.watchers:
             return False
         self._used[generation] = route
-        runs = runs_of(self.sources[generation], route, command.start, command.extents)
-        if self.settings.checksum and sum(run.nbytes for run in runs) > PART_NBYTES:
-            return False
         grant = GrantKey(route.link, generation, command.sequence)
         try:
+            runs = runs_of(self.sources[generation], route, command.start, command.extents)
+            if self.settings.checksum and sum(run.nbytes for run in runs) > PART_NBYTES:
+                return False
             if not route.arena.write_at_once(grant, runs):
                 return False
             checksum = self._add_up(command, route) if self.settings.checksum else b""

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 from ..errors import PlaneUnavailable
 from .base import Run
 
-__all__ = ["Copies", "CopyThread", "LoopCopies", "check_runs", "pieces_of"]
+__all__ = ["Copies", "CopyThread", "LoopCopies", "LoopTime", "check_runs", "pieces_of"]
 
 Result = TypeVar("Result")
 
 TURN_SECONDS = 1e-3
-"""How long copies may hold the loop in one turn, but for two pieces."""
+"""How long short work may hold the loop in one turn, but for two pieces of it."""
 PIECE_NBYTES = 1 << 20
 
 
@@ -53,31 +53,37 @@ def pieces_of(runs: Iterable[Run]) -> Iterator[Run]:
             yield Run(run.rows, run.first + done, count, run.offset + done * row_nbytes)
 
 
-class LoopCopies:
-    """Copies on the loop's own thread: shorter than the way to another one and back.
-
-    Nothing else happens on the loop meanwhile, so in each of its turns they have only so much
-    time, all together.
-    """
+class LoopTime:
+    """The time that short work may take of one turn of the loop, all together."""
 
     def __init__(self) -> None:
-        self._one_at_a_time = asyncio.Lock()
-        self._time_is_up: float | None = None
-        """In this turn of the loop; None before its first copy."""
+        self._is_up_at: float | None = None
+        """In this turn; None before its first work."""
 
-    def has_time(self) -> bool:
-        """Whether a piece may be copied in this turn."""
-        if self._time_is_up is None:
-            self._time_is_up = time.monotonic() + TURN_SECONDS
+    def is_left(self) -> bool:
+        """Whether a piece of work may be done in this turn."""
+        if self._is_up_at is None:
+            self._is_up_at = time.monotonic() + TURN_SECONDS
             asyncio.get_running_loop().call_soon(self._turn_ended)
             return True
-        return time.monotonic() < self._time_is_up
+        return time.monotonic() < self._is_up_at
+
+    def _turn_ended(self) -> None:
+        self._is_up_at = None
+
+
+class LoopCopies:
+    """Copies on the loop's own thread: shorter than the way to another one and back."""
+
+    def __init__(self) -> None:
+        self.time = LoopTime()
+        self._one_at_a_time = asyncio.Lock()
 
     async def run(self, copy: Callable[[Run], None], runs: Iterable[Run]) -> None:
         """Copy run after run, in as many turns as that takes; who came first is done first."""
         async with self._one_at_a_time:
             for run in runs:
-                if not self.has_time():
+                if not self.time.is_left():
                     await asyncio.sleep(0)
                 copy(run)
 
@@ -85,9 +91,6 @@ class LoopCopies:
         """Return once none of those that have begun runs."""
         async with self._one_at_a_time:
             return
-
-    def _turn_ended(self) -> None:
-        self._time_is_up = None
 
 
 class CopyThread:

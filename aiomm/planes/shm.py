@@ -126,7 +126,7 @@ class _ShmArena(RemoteArena):
     def write_at_once(self, grant: GrantKey, runs: Sequence[Run]) -> bool:
         if self.ended.is_set() or self._nbytes_on_loop(runs) > AT_ONCE_NBYTES:
             return False
-        if not self._loop_copies.has_time():
+        if not self._loop_copies.time.is_left():
             return False
         for run in runs:
             self._copy(run)

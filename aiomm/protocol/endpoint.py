@@ -163,7 +163,7 @@ class Endpoint(ABC):
         """Whether this Hello only asks this side to make the first contact."""
 
     def _is_void(self, command: Command) -> bool:
-        """Whether there is no need any more for one of those."""
+        """Whether there is no need any more for a command that may feed this endpoint."""
         return False
 
     @abstractmethod

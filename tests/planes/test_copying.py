@@ -1,4 +1,4 @@
-"""Long copies run on one thread, which nobody has to wait for."""
+"""Long copies run on one thread, which nobody has to wait for; short ones share the loop's time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import threading
 
 import pytest
 
-from aiomm.planes.copying import Copies, CopyThread
+from aiomm.buffers.tensors import TokenRows
+from aiomm.planes import copying
+from aiomm.planes.base import Run
+from aiomm.planes.copying import Copies, CopyThread, LoopCopies, LoopTime, pieces_of
+from aiomm.types import Field
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -97,3 +101,77 @@ def test_a_process_that_never_closes_ends_at_once() -> None:
         [sys.executable, "-c", NEVER_CLOSED], capture_output=True, text=True, timeout=20
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "written\n", "")
+
+
+def run_of(num_rows: int, row_nbytes: int, offset: int = 0) -> Run:
+    """Return a run of the first rows of a source that has one more."""
+    source = bytearray((num_rows + 1) * row_nbytes)
+    return Run(TokenRows.of("rows", Field("uint8", row_nbytes), source), 0, num_rows, offset)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "row_nbytes", "lengths"),
+    [
+        (0, 64, []),
+        (1, 64, [1]),
+        (16384, 64, [16384]),
+        (16385, 64, [16384, 1]),
+        (3, 700_000, [1, 1, 1]),
+        (2, 2 << 20, [1, 1]),
+    ],
+)
+def test_pieces_are_short_and_of_whole_rows(
+    num_rows: int, row_nbytes: int, lengths: list[int]
+) -> None:
+    pieces = list(pieces_of([run_of(num_rows, row_nbytes, 100)]))
+    assert [piece.count for piece in pieces] == lengths
+    place = 0
+    for piece in pieces:
+        assert (piece.first, piece.offset) == (place, 100 + place * row_nbytes)
+        place += piece.count
+
+
+@pytest.mark.both_loops
+async def test_each_turn_of_the_loop_has_time_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = LoopTime()
+    assert all(time.is_left() for _ in range(10))
+    await asyncio.sleep(0)
+    monkeypatch.setattr(copying, "TURN_SECONDS", -1.0)  # it is up as soon as it has begun
+    for _ in range(3):
+        assert [time.is_left() for _ in range(3)] == [True, False, False]
+        await asyncio.sleep(0)
+
+
+@pytest.mark.both_loops
+async def test_copies_on_the_loop_let_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piece by piece, the first write to its end before the next."""
+    monkeypatch.setattr(copying, "TURN_SECONDS", -1.0)
+    copies, story = LoopCopies(), list[str]()
+
+    async def write(name: str) -> None:
+        runs = [run_of(1, 8, offset) for offset in range(4)]
+        await copies.run(lambda run: story.append(f"{name}{run.offset}"), runs)
+
+    async def others() -> None:
+        while "b3" not in story:
+            story.append(".")
+            await asyncio.sleep(0)
+
+    await asyncio.gather(write("a"), write("b"), others())
+    await copies.drain()
+    told = "".join(story)
+    assert told.replace(".", "") == "a0a1a2a3b0b1b2b3"
+    assert max(map(len, told.split("."))) <= 4  # two pieces in a turn, and not all eight
+
+
+@pytest.mark.both_loops
+async def test_a_copy_on_the_loop_that_fails_leaves_the_turn_to_the_next() -> None:
+    copies, done = LoopCopies(), list[int]()
+
+    def fail(run: Run) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await copies.run(fail, [run_of(1, 8)])
+    await copies.run(lambda run: done.append(run.offset), [run_of(1, 8, 7)])
+    assert done == [7]

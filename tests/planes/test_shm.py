@@ -16,7 +16,7 @@ import pytest
 from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.shm import MemfdArena
 from aiomm.errors import PlaneUnavailable
-from aiomm.planes import handover, shm
+from aiomm.planes import copying, handover, shm
 from aiomm.planes.base import Plane
 from aiomm.planes.shm import ShmPlane
 
@@ -116,11 +116,34 @@ class TestShmPlane(PlaneContract):
             await plane.attach(b"")
 
     async def test_mixes_long_and_short_runs_on_the_thread(self) -> None:
-        link = await self.open_link(8 << 20)
-        long, short, strided = random_rows(3, 1 << 20), random_rows(3, 64), strided_rows(9, 64)
-        parts = [(0, long), (4 << 20, short), (5 << 20, strided)]
+        link = await self.open_link(16 << 20)
+        long, short, strided = random_rows(9, 1 << 20), random_rows(3, 64), strided_rows(9, 64)
+        parts = [(0, long), (10 << 20, short), (11 << 20, strided)]
         await link.write([whole(tensor, offset) for offset, tensor in parts])
-        assert link.content() == expected_content(8 << 20, *parts)
+        assert link.content() == expected_content(16 << 20, *parts)
+        await link.aclose()
+
+    async def test_a_short_write_is_done_at_once(self, link: Link) -> None:
+        parts = [(0, random_rows(3, 64)), (512, strided_rows(9, 64)[:2])]
+        runs = [whole(tensor, offset) for offset, tensor in parts]
+        assert link.remote.write_at_once(GRANT, runs)
+        assert link.content() == expected_content(ARENA_NBYTES, *parts)
+
+    async def test_what_is_not_short_is_not_done_at_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Too long, no time left in this turn, or nothing to write into."""
+        link = await self.open_link(4 << 20)
+        long, short = whole(random_rows(2, 1 << 20), 0), whole(random_rows(2, 16), 0)
+        assert not link.remote.write_at_once(GRANT, [long])
+        await asyncio.sleep(0)
+        monkeypatch.setattr(copying, "TURN_SECONDS", -1.0)
+        assert link.remote.write_at_once(GRANT, [short])
+        before = link.content()
+        assert not link.remote.write_at_once(GRANT, [whole(random_rows(2, 16), 64)])
+        await link.remote.aclose()
+        assert not link.remote.write_at_once(GRANT, [short])
+        assert link.content() == before
         await link.aclose()
 
     async def test_another_process_writes(self, link: Link) -> None:
