@@ -119,14 +119,18 @@ class Exports:
             export.permit(grant, ranges)
         self._grants.setdefault(number, []).append(grant)
 
-    def revoke(self, number: int) -> bool:
-        """Withdraw the grants of a request.
+    def revoke(self, number: int, *, before: int | None = None) -> bool:
+        """Withdraw the grants of a request: all, or those before a sequence number.
 
         True if the planes prove that nothing can land but what :meth:`landing` returns. A sender
         whose probe has not arrived yet may use any of them.
         """
         proven = True
-        for grant in self._grants.pop(number, ()):
+        grants = self._grants.pop(number, [])
+        if before is not None:
+            self._grants[number] = [grant for grant in grants if grant.sequence >= before]
+            grants = [grant for grant in grants if grant.sequence < before]
+        for grant in grants:
             used = self._planes_of_link.get(grant.peer, self._exports)
             for name, export in self._exports.items():
                 if export.revoke(grant) or name not in used:

@@ -210,8 +210,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 self._pump_queue()
             case Quarantine(number, allocations):
                 self._quarantine(number, allocations)
-            case Release(number, allocations):
-                self._release(number, allocations)
+            case Release(number, allocations, before):
+                self._release(number, allocations, before)
             case Verify(number):
                 if not self._verify_at_once(command):
                     self.spawn(self._verify(command), f"verify {number}")
@@ -294,8 +294,10 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.endpoint.drained(number, self.now())
         self.pump()
 
-    def _release(self, number: int, allocations: tuple[Allocation, ...]) -> None:
-        self._exports.revoke(number)
+    def _release(
+        self, number: int, allocations: tuple[Allocation, ...], before: int | None
+    ) -> None:
+        self._exports.revoke(number, before=before)
         landing = self._exports.landing(number)
         if landing:
             self.spawn(self._release_landed(landing, allocations), f"release {number}")

@@ -5,7 +5,8 @@ a request. Claimed comes before expected, always; within a rank, first come, fir
 nobody is overtaken (rule 4 of the protocol):
 
 * The claimed head takes its whole need, or else what is free, so it waits only while the pool
-  has no free block at all; the rest comes by resume. A large request cannot starve.
+  has no free block at all; the rest comes by resume. A large request cannot starve. One that is
+  longer than the pool takes half of it at a time.
 * The expected head takes its whole need or waits.
 
 What an expected key got is a *soft hold*. It stays with the queue, no sender knows of it, and
@@ -98,7 +99,7 @@ class ReservationQueue:
             rank, serve = self._claimed, self._serve_claimed
         else:
             rank, serve = self._expected, self._serve_expected
-        rank[key] = min(num_tokens, self._max_tokens)
+        rank[key] = self._portion(num_tokens)
         is_first = next(iter(rank)) == key and (rank is self._claimed or not self._claimed)
         allocation = serve() if is_first else None
         if allocation is None and is_new and is_full:
@@ -184,12 +185,22 @@ class ReservationQueue:
 
     def _resize_hold(self, key: int, num_tokens: int, claimed: bool) -> Allocation:
         # Nobody is overtaken: where a claimed key waits, all holds have been taken back.
-        hold = self.pool.reallocate(self._held[key], min(num_tokens, self._max_tokens))
+        hold = self.pool.reallocate(self._held[key], self._portion(num_tokens))
         if claimed:
             del self._held[key]
         else:
             self._held[key] = hold
         return hold
+
+    def _portion(self, num_tokens: int) -> int:
+        """Return how much of a need is served at once.
+
+        What is longer than the pool gets half of it: while one half is moved out, the sender
+        writes the other.
+        """
+        if num_tokens > self.pool.capacity * self.pool.block_size:
+            num_tokens = max(1, self.pool.capacity // 2) * self.pool.block_size
+        return min(num_tokens, self._max_tokens)
 
     def _allocate(self, num_tokens: int) -> Allocation | None:
         return self.pool.allocate(self.pool.blocks_for(num_tokens), num_tokens=num_tokens)

@@ -120,10 +120,14 @@ class Quarantine(msgspec.Struct, frozen=True):
 
 
 class Release(msgspec.Struct, frozen=True):
-    """Receiver: no write can land here any more and nobody reads it: the blocks are free."""
+    """Receiver: no write can land here any more and nobody reads it: the blocks are free.
+
+    `before`: the request goes on, and only its grants before this sequence number are over.
+    """
 
     number: int
     allocations: tuple[Allocation, ...]
+    before: int | None = None
 
 
 class Verify(msgspec.Struct, frozen=True):

@@ -50,7 +50,8 @@ class ReceiveTransfer(Transfer):
     """The receiver's half. It owns its allocations until they are released or delivered.
 
     Invariants: `_allocations` hold, in order, the tokens from `_moved_tokens` on; every grant
-    but the last is full; while `_is_copying`, our own thread reads the blocks.
+    but the last is full; while `_is_copying`, our own thread reads the blocks of the first
+    `_leaving` of them, to move them out, or of all, to join them.
     """
 
     id: TransferId | None = None
@@ -73,6 +74,8 @@ class ReceiveTransfer(Transfer):
         """Token at which each grant ends."""
         self._allocations: list[Allocation] = []
         self._moved_tokens = 0
+        self._leaving = self._leaving_tokens = self._leaving_grants = 0
+        """Allocations that are being moved out, and the tokens and grants in them."""
         self._is_copying = False
         self._is_sealed = False
         self._is_quarantined = False
@@ -133,7 +136,8 @@ class ReceiveTransfer(Transfer):
         return [self.reservation]
 
     def _reserve_rest(self) -> Commands:
-        behind = self._allocations[-1] if self._allocations else None
+        staying = self._allocations[self._leaving if self._is_copying else 0 :]
+        behind = staying[-1] if staying else None
         self.reservation = ReserveRest(self.number, self._rest(), behind)
         return [self.reservation]
 
@@ -146,7 +150,7 @@ class ReceiveTransfer(Transfer):
             return []
         self._learn_total(total)
         self.metadata = metadata
-        if self._is_copying or self._rest() <= 0:
+        if self._rest() <= 0:
             return []
         if self.state is State.SENDING or isinstance(self.reservation, ReserveRest):
             return self._reserve_rest()
@@ -198,8 +202,17 @@ class ReceiveTransfer(Transfer):
         self.reservation = None
         if self.state is not State.AWAITING_RESUME:
             return []  # only an attempt to be early; it is asked for again when the grant is full
+        return [] if self._is_copying else self._move_out()
+
+    def _move_out(self) -> Commands:
+        """Move out what is here, all of it landed. What is free meanwhile is granted meanwhile."""
         self._is_copying = True
-        return [MoveOut(self.number, self._landed(), self.total)]
+        self._leaving, self._leaving_grants = len(self._allocations), len(self.grants)
+        self._leaving_tokens = self.transferred_tokens - self._moved_tokens
+        moving: Commands = [MoveOut(self.number, self._landed(), self.total)]
+        if self._rest() <= 0:
+            return moving  # a stream has ended at the border of a grant; it will say so
+        return [*moving, *self._reserve(self._rest(), claimed=True)]
 
     def _landed(self) -> tuple[Extent, ...]:
         """The extents that hold the tokens that are still in the pool, in their order."""
@@ -270,9 +283,9 @@ class ReceiveTransfer(Transfer):
 
     def _complete(self, now: float) -> Commands:
         self._is_sealed = True
-        if self._is_copying:
-            return []  # a stream ended while its chunks are on their way out; joined afterwards
         commands = self._unreserve()
+        if self._is_copying:
+            return commands  # it ended while chunks are on their way out; joined afterwards
         extents = self._landed()
         if self._moved_tokens == 0 and len(extents) <= 1:
             return commands + self._deliver(extents, now)
@@ -293,15 +306,18 @@ class ReceiveTransfer(Transfer):
         self._is_copying = False
         if self.state.is_terminal:
             return self._release()
-        self._moved_tokens = self.transferred_tokens
-        released = self._release()
+        gone = tuple(self._allocations[: self._leaving])
+        del self._allocations[: self._leaving]
+        self._moved_tokens += self._leaving_tokens
+        commands: Commands = [Release(self.number, gone, self._leaving_grants)]
+        landed = self._landed()
         if self._is_sealed:
             assert self.total is not None
             self._is_copying = True
-            return [*released, Join(self.number, (), self.total)]
-        if self._rest() <= 0:
-            return released  # a stream has ended at the border of a grant; it will say so
-        return [*released, *self._reserve(self._rest(), claimed=True)]
+            commands.append(Join(self.number, landed, self.total))
+        elif landed and self.state is State.AWAITING_RESUME and self.reservation is None:
+            commands += self._move_out()
+        return commands
 
     def _joined(self, now: float) -> Commands:
         self._is_copying = False

@@ -39,8 +39,16 @@ class TestRequest:
 
     def test_claimed_takes_what_is_free(self) -> None:
         queue = queue_over(4)
-        assert tokens(queue.request(1, 100, claimed=True)) == 40
-        assert queue.request(2, 100, claimed=True) is None
+        queue.pool.allocate(1)
+        assert tokens(queue.request(1, 40, claimed=True)) == 30
+        assert queue.request(2, 40, claimed=True) is None
+
+    def test_what_is_longer_than_the_pool_gets_half_of_it(self) -> None:
+        """The other half is written while that one is moved out."""
+        queue = queue_over(5)
+        assert tokens(queue.request(1, 51, claimed=True)) == 20
+        assert tokens(queue.request(1, 31, claimed=True)) == 30
+        assert tokens(queue_over(1).request(1, 11, claimed=True)) == 10
 
     def test_expected_takes_its_whole_need_or_waits(self) -> None:
         queue = queue_over(4)
@@ -48,8 +56,8 @@ class TestRequest:
         assert queue.request(2, 20, claimed=False) is None
         assert (queue.num_waiting, queue.num_held) == (1, 1)
 
-    def test_an_expected_need_beyond_the_pool_is_the_pool(self) -> None:
-        assert tokens(queue_over(4).request(1, 1000, claimed=False)) == 40
+    def test_an_expected_need_beyond_the_pool_is_half_of_it(self) -> None:
+        assert tokens(queue_over(4).request(1, 1000, claimed=False)) == 20
 
     def test_one_grant_has_a_limit(self) -> None:
         queue = ReservationQueue(BlockPool(8, 10), max_waiting=4, max_grant_blocks=3)
@@ -112,7 +120,7 @@ class TestSoftHolds:
         for need in (10, 80, 100, 120, 130):
             queue = queue_over(12)
             queue.request(1, 80, claimed=False)
-            assert tokens(queue.claim(1, need)) == min(need, 120)
+            assert tokens(queue.claim(1, need)) == (need if need <= 120 else 60)
             assert queue.num_held == 0
 
     def test_a_claim_beyond_reach_gets_the_hold(self) -> None:
@@ -271,7 +279,8 @@ class QueueModel(RuleBasedStateMachine):
         self.note(key, num_tokens, claimed, allocation)
 
     def note(self, key: int, num_tokens: int, claimed: bool, got: Allocation | None) -> None:
-        need = min(num_tokens, self.room)
+        half = max(1, self.pool.capacity // 2) * 10
+        need = num_tokens if num_tokens <= self.room else half
         if not claimed:
             assert tokens(got) in (None, need)
             self.expected[key] = None

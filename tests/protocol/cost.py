@@ -18,6 +18,7 @@ from typing import Any
 import aiomm.protocol
 
 from .pairs import Pair
+from .world import DEFAULT_TOKENS
 
 __all__ = ["STORIES", "counted", "known"]
 
@@ -72,12 +73,12 @@ def counting() -> Iterator[Callable[[], int]]:
 
 def granted() -> Iterator[None]:
     """Blocks are granted before the tokens are there, and all of them suffice."""
-    yield from _transfers(Pair(), tokens=10)
+    yield from _transfers(Pair(), tokens=DEFAULT_TOKENS)
 
 
 def resumed() -> Iterator[None]:
     """The default allocation is too short: the rest is granted later."""
-    yield from _transfers(Pair(), tokens=40)
+    yield from _transfers(Pair(), tokens=20)
 
 
 def streamed() -> Iterator[None]:

@@ -142,6 +142,13 @@ RECEIVE_SITUATIONS: dict[str, tuple[ReceiveEvent, ...]] = {
     "early": (CLAIMED, events.Reserved(FIRST), TOLD, events.Reserved(allocation(5, 6, 7))),
     "asking": (CLAIMED, events.Reserved(FIRST), FULL),
     "moving": (CLAIMED, events.Reserved(FIRST), FULL, events.Refused()),
+    "moving-two": (
+        CLAIMED,
+        events.Reserved(FIRST),
+        FULL,
+        events.Refused(),
+        events.Reserved(SECOND),
+    ),
     "queued": QUEUED,
     "joining": (*QUEUED, events.Reserved(SECOND), events.Written(1, 8, 4, 12)),
     "ending": (
@@ -172,7 +179,8 @@ sending       x       +         x        .       .       x   x     x      FAILED
 early         x       .         x        .       .       x   x     x      FAILED FAILED FAILED .
 verifying     x       +         x        .       .       .   x     x      FAILED FAILED FAILED .
 asking        x       +         SENDING  +       !       x   x     x      FAILED FAILED FAILED .
-moving        x       .         x        x       !       x   +     x      FAILED FAILED FAILED .
+moving        x       +         SENDING  x       !       x   +     x      FAILED FAILED FAILED .
+moving-two    x       +         x        x       .       x   +     x      FAILED FAILED FAILED .
 queued        x       +         SENDING  x       !       x   x     x      FAILED FAILED FAILED .
 joining       x       !         +        x       !       x   x     DONE   FAILED FAILED FAILED .
 ending        x       !         +        x       !       x   +     x      FAILED FAILED FAILED .

@@ -126,7 +126,7 @@ class TestReceiver:
         assert transfer.reservation == do.Reserve(1, 2000, True)
 
     def test_many_resumes_through_a_small_pool(self) -> None:
-        """Each time the buffered chunk moves out before blocks are waited for (rule 3)."""
+        """Each time the buffered chunk moves out, and blocks are asked for at once (rule 3)."""
         transfer = self.claimed(50)
         held = allocation(3, size=BLOCK, num_tokens=20)
         transfer.handle(Reserved(held), 1.0)
@@ -135,11 +135,11 @@ class TestReceiver:
             full = Written(sequence, start, 20, 50)
             assert transfer.handle(full, 2.0) == [do.ReserveRest(1, 50 - start - 20, held)]
             assert transfer.handle(events.Refused(), 2.0) == [
-                do.MoveOut(1, (Extent(384, 404),), 50)
+                do.MoveOut(1, (Extent(384, 404),), 50),
+                do.Reserve(1, 50 - start - 20, claimed=True),
             ]
             assert transfer.handle(events.MovedOut(), 3.0) == [
-                do.Release(1, (held,)),
-                do.Reserve(1, 50 - start - 20, claimed=True),
+                do.Release(1, (held,), before=sequence + 1)
             ]
             num_tokens = min(20, 30 - start)
             held = allocation(3, size=BLOCK, num_tokens=num_tokens)
@@ -151,6 +151,69 @@ class TestReceiver:
         ]
         assert transfer.chunks == [20, 20, 10]
         assert transfer.resumes == 2
+
+    def test_one_chunk_is_written_while_another_moves_out(self) -> None:
+        """What is landed meanwhile moves out next; only blocks that were moved out go back."""
+        transfer = self.claimed(50)
+        first, second, third = (
+            allocation(block, size=BLOCK, num_tokens=count)
+            for block, count in ((3, 20), (9, 20), (3, 10))
+        )
+        transfer.handle(Reserved(first), 1.0)
+        transfer.handle(Written(0, 0, 20, 50), 2.0)
+        assert transfer.handle(events.Refused(), 2.0)[1] == do.Reserve(1, 30, claimed=True)
+        transfer.handle(Reserved(second), 2.5)
+        assert transfer.state is SENDING
+        assert transfer.handle(Written(1, 20, 20, 50), 3.0) == [do.ReserveRest(1, 10, second)]
+        assert transfer.handle(events.Refused(), 3.0) == []
+        assert transfer.handle(events.MovedOut(), 3.5) == [
+            do.Release(1, (first,), before=1),
+            do.MoveOut(1, (Extent(1152, 1172),), 50),
+            do.Reserve(1, 10, claimed=True),
+        ]
+        transfer.handle(Reserved(third), 4.0)
+        assert transfer.handle(Written(2, 40, 10, 50), 4.5) == []
+        assert transfer.handle(events.MovedOut(), 5.0) == [
+            do.Release(1, (second,), before=2),
+            do.Join(1, (Extent(384, 394),), 50),
+        ]
+        assert transfer.handle(events.Joined(), 6.0) == [
+            do.Release(1, (third,)),
+            *self.deliver(extents=()),
+        ]
+        assert transfer.chunks == [20, 20, 10]
+
+    def test_blocks_that_move_out_are_not_extended(self) -> None:
+        """They go back when they are out, and what stands behind them would go with them."""
+        transfer = self.claimed(None)
+        first = allocation(0, size=BLOCK)
+        transfer.handle(Reserved(first), 1.0)
+        transfer.handle(Written(0, 0, 128, None), 2.0)
+        transfer.handle(events.Refused(), 2.0)
+        second = allocation(5, size=BLOCK)
+        transfer.handle(Reserved(second), 2.5)
+        assert transfer.handle(events.Announced(300, b""), 2.6) == [do.ReserveRest(1, 44, second)]
+        moving = self.moving_stream()
+        moving.handle(events.Announced(2000, b""), 3.0)
+        assert moving.reservation == do.Reserve(1, 976, True)
+
+    def test_giving_up_while_one_chunk_is_written_and_another_moves_out(self) -> None:
+        """All blocks come back once, when the copy has ended and the sender has drained."""
+        for endings in (
+            (events.MovedOut(), events.Drained()),
+            (events.Drained(), events.MovedOut()),
+        ):
+            transfer = self.claimed(50)
+            first, second = (allocation(block, size=BLOCK, num_tokens=20) for block in (3, 9))
+            transfer.handle(Reserved(first), 1.0)
+            transfer.handle(Written(0, 0, 20, 50), 2.0)
+            transfer.handle(events.Refused(), 2.0)
+            transfer.handle(Reserved(second), 2.5)
+            commands = transfer.handle(events.Failed(FAILURE), 3.0)
+            assert commands[0] == do.Quarantine(1, (first, second))
+            assert transfer.handle(endings[0], 4.0) == []
+            assert transfer.handle(endings[1], 5.0) == [do.Release(1, (first, second))]
+            assert transfer.is_settled
 
     def test_an_attempt_to_be_early_may_fail(self) -> None:
         """Nothing is copied for it; the blocks are asked for again when the grant is full."""
@@ -192,9 +255,9 @@ class TestReceiver:
         assert transfer.resumes == 0
 
     def test_a_stream_that_ends_while_chunks_are_moved_out(self) -> None:
-        """The copy that runs is let run; then it is joined. No blocks are asked for."""
+        """The copy that runs is let run; then it is joined. Blocks are waited for no longer."""
         transfer = self.moving_stream()
-        assert transfer.handle(Written(0, 1024, 0, 1024), 3.0) == []
+        assert transfer.handle(Written(0, 1024, 0, 1024), 3.0) == [do.Unreserve(1)]
         released, join = transfer.handle(events.MovedOut(), 4.0)
         assert isinstance(released, do.Release)
         assert join == do.Join(1, (), 1024)
@@ -205,7 +268,10 @@ class TestReceiver:
         transfer = self.moving_stream()
         assert transfer.handle(events.Announced(1024, b""), 3.0) == []
         assert [type(each) for each in transfer.handle(events.MovedOut(), 4.0)] == [do.Release]
-        assert transfer.handle(Written(0, 1024, 0, 1024), 5.0) == [do.Join(1, (), 1024)]
+        assert transfer.handle(Written(0, 1024, 0, 1024), 5.0) == [
+            do.Unreserve(1),
+            do.Join(1, (), 1024),
+        ]
 
     def test_a_stream_that_ends_at_a_border_after_a_resume_was_granted(self) -> None:
         """The resume was for nothing; its blocks go back with the result."""
@@ -252,6 +318,7 @@ class TestReceiver:
         """Nothing can land: no quarantine. A copy that runs is awaited before blocks are freed."""
         transfer = self.moving_stream()
         assert transfer.handle(events.Failed(FAILURE), 3.0) == [
+            do.Unreserve(1),
             do.SendFrame(frames.Abort(TRANSFER, *FAILURE, drained=False)),
             do.Fail(1, FAILURE),
         ]
