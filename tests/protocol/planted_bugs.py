@@ -227,6 +227,28 @@ def never_unreserve(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ReceiveTransfer, "_unreserve", unreserve)
 
 
+def free_what_is_written_meanwhile(patch: pytest.MonkeyPatch) -> None:
+    """When chunks are out of the pool, blocks go back that were granted in the meantime."""
+    original = ReceiveTransfer._moved_out
+
+    def moved_out(self: ReceiveTransfer) -> list[Any]:
+        self._leaving = len(self._allocations)
+        return original(self)
+
+    patch.setattr(ReceiveTransfer, "_moved_out", moved_out)
+
+
+def move_out_twice(patch: pytest.MonkeyPatch) -> None:
+    """Chunks that are on their way out are moved out again, with what has landed since."""
+    original = ReceiveTransfer._refused
+
+    def refused(self: ReceiveTransfer) -> list[Any]:
+        self._is_copying = False
+        return original(self)
+
+    patch.setattr(ReceiveTransfer, "_refused", refused)
+
+
 def keep_blocks_granted_too_late(patch: pytest.MonkeyPatch) -> None:
     """Blocks that come when the request is over are nobody's."""
     original = ReceiveTransfer._reserved
@@ -348,6 +370,8 @@ BUGS: tuple[Plant, ...] = (
     free_before_the_copy_has_ended,
     reserve_twice,
     never_unreserve,
+    free_what_is_written_meanwhile,
+    move_out_twice,
     keep_blocks_granted_too_late,
     write_past_the_extents,
     write_from_the_lowest_block,
