@@ -315,8 +315,8 @@ class ReceiveTransfer(Transfer):
             assert self.total is not None
             self._is_copying = True
             commands.append(Join(self.number, landed, self.total))
-        elif landed and self.state is State.AWAITING_RESUME and self.reservation is None:
-            commands += self._move_out()
+        elif landed and self.state is State.AWAITING_RESUME:
+            commands += self._move_out()  # whoever waits for blocks holds none (rule 3)
         return commands
 
     def _joined(self, now: float) -> Commands:

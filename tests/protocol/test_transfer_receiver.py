@@ -183,6 +183,23 @@ class TestReceiver:
         ]
         assert transfer.chunks == [20, 20, 10]
 
+    def test_what_is_full_moves_out_also_if_its_length_came_meanwhile(self) -> None:
+        """The length asks for blocks; whoever waits for them must hold none."""
+        transfer = self.claimed(None)
+        first, second = allocation(0, size=BLOCK), allocation(5, size=BLOCK)
+        transfer.handle(Reserved(first), 1.0)
+        transfer.handle(Written(0, 0, 128, None), 2.0)
+        transfer.handle(events.Refused(), 2.0)
+        transfer.handle(Reserved(second), 2.5)
+        transfer.handle(Written(1, 128, 128, None), 3.0)
+        assert transfer.handle(events.Refused(), 3.0) == []
+        assert transfer.handle(events.Announced(300, b""), 3.5) == [do.Reserve(1, 44, True)]
+        assert transfer.handle(events.MovedOut(), 4.0) == [
+            do.Release(1, (first,), before=1),
+            do.MoveOut(1, (Extent(640, 768),), 300),
+            do.Reserve(1, 44, claimed=True),
+        ]
+
     def test_blocks_that_move_out_are_not_extended(self) -> None:
         """They go back when they are out, and what stands behind them would go with them."""
         transfer = self.claimed(None)
