@@ -227,6 +227,8 @@ class ReceiveTransfer(Transfer):
     def _written(self, event: Written, now: float) -> Commands:
         if self.state.is_terminal:
             return []
+        if self._is_sealed and not event.count and event.start == event.total == self.total:
+            return []  # it says that nothing follows, which the announced length has said before
         self._check_written(event)
         self._learn_total(event.total)
         self._uncounted.append(event)

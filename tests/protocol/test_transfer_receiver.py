@@ -302,6 +302,20 @@ class TestReceiver:
         )
         assert transfer.chunks == [128]
 
+    def test_a_stream_whose_length_comes_while_its_last_chunk_is_verified(self) -> None:
+        """It is whole as soon as that is done; the sender's word that this was all comes after."""
+        transfer = self.claimed(None)
+        first, second = allocation(5, size=BLOCK), allocation(0, size=BLOCK)
+        transfer.handle(Reserved(first), 1.0)
+        transfer.handle(Written(0, 0, 128, None), 2.0)
+        transfer.handle(Reserved(second), 2.0)
+        transfer.handle(Written(1, 128, 128, None, b"sum"), 3.0)
+        assert transfer.handle(events.Announced(256, b""), 3.5) == []
+        assert [type(each) for each in transfer.handle(events.Verified(True), 4.0)] == [do.Join]
+        assert transfer.handle(Written(1, 256, 0, 256), 4.5) == []
+        with pytest.raises(ProtocolViolation):
+            transfer.handle(Written(1, 256, 1, 256), 4.5)
+
     def test_zero_tokens(self) -> None:
         """Nothing is granted, and nothing is delivered: an empty tensor."""
         transfer = self.claimed(0)
