@@ -49,6 +49,7 @@ class ShmPlane(Plane):
 
     def __init__(self) -> None:
         self._thread = CopyThread(self.name)
+        self._loop_copies = LoopCopies()
 
     def unusable(self) -> str | None:
         """Say that this is not Linux, where memfd, abstract sockets and seals exist."""
@@ -91,7 +92,7 @@ class ShmPlane(Plane):
             connection.close()
             await copies.aclose()
             raise
-        return _ShmArena(memory, connection, copies)
+        return _ShmArena(memory, connection, copies, self._loop_copies)
 
 
 class _ShmExport(Export):
@@ -110,12 +111,19 @@ class _ShmExport(Export):
 
 
 class _ShmArena(RemoteArena):
-    def __init__(self, memory: memoryview, connection: socket.socket, copies: Copies) -> None:
+    def __init__(
+        self,
+        memory: memoryview,
+        connection: socket.socket,
+        copies: Copies,
+        loop_copies: LoopCopies,
+    ) -> None:
         self._memory = memory
         self._address = address_of(memory)
         self._connection = connection
         self._copies = copies
-        self._loop_copies = LoopCopies()
+        self._loop_copies = loop_copies
+        """All attachments': together they have so much of a turn of the loop."""
         self._pin: Pin | None = None
         """Made when the first tensor of a GPU comes."""
         self.ended = asyncio.Event()

@@ -146,6 +146,18 @@ class TestShmPlane(PlaneContract):
         assert link.content() == before
         await link.aclose()
 
+    async def test_all_attachments_share_one_time(
+        self, link: Link, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A sender with many receivers holds its loop no longer than one with a single one."""
+        second = await link.plane.attach(link.export.offer(PEER))
+        await asyncio.sleep(0)
+        monkeypatch.setattr(copying, "TURN_SECONDS", -1.0)
+        run = whole(random_rows(2, 16), 0)
+        assert link.remote.write_at_once(GRANT, [run])
+        assert not second.write_at_once(GRANT, [run])
+        await second.aclose()
+
     async def test_another_process_writes(self, link: Link) -> None:
         process, pipe = start_process(attach_and_write)
         pipe.send((None, link.export.offer(PEER)))
