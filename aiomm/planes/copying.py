@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, TypeVar
 
 from ..errors import PlaneUnavailable
 from .base import Run
 
-__all__ = ["Copies", "CopyThread", "LoopCopies", "LoopTime", "check_runs", "pieces_of"]
+__all__ = ["Copies", "CopyThread", "LoopCopies", "LoopTime", "check_runs", "part_of", "pieces_of"]
 
 Result = TypeVar("Result")
 
@@ -43,14 +44,16 @@ def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
     return total
 
 
-def pieces_of(runs: Iterable[Run]) -> Iterator[Run]:
-    """Cut runs into pieces of at most 1 MiB, but of whole rows."""
-    for run in runs:
-        row_nbytes = run.rows.row_nbytes
-        step = max(1, PIECE_NBYTES // row_nbytes)
-        for done in range(0, run.count, step):
-            count = min(step, run.count - done)
-            yield Run(run.rows, run.first + done, count, run.offset + done * row_nbytes)
+def pieces_of(run: Run, max_nbytes: int) -> Iterator[Run]:
+    """Cut `run` into runs of at most `max_nbytes`, or one row."""
+    step = max(1, max_nbytes // run.rows.row_nbytes)
+    for done in range(0, run.count, step):
+        yield part_of(run, done, min(step, run.count - done))
+
+
+def part_of(run: Run, done: int, count: int) -> Run:
+    """Return `count` rows of `run` behind the first `done`."""
+    return Run(run.rows, run.first + done, count, run.offset + done * run.rows.row_nbytes)
 
 
 class LoopTime:
@@ -80,12 +83,12 @@ class LoopCopies:
         self._one_at_a_time = asyncio.Lock()
 
     async def run(self, copy: Callable[[Run], None], runs: Iterable[Run]) -> None:
-        """Copy run after run, in as many turns as that takes; who came first is done first."""
+        """Copy piece after piece, in as many turns as that takes; who came first is done first."""
         async with self._one_at_a_time:
-            for run in runs:
+            for piece in chain.from_iterable(pieces_of(run, PIECE_NBYTES) for run in runs):
                 if not self.time.is_left():
                     await asyncio.sleep(0)
-                copy(run)
+                copy(piece)
 
     async def drain(self) -> None:
         """Return once none of those that have begun runs."""

@@ -24,7 +24,7 @@ from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import Copies, CopyThread, LoopCopies, check_runs, pieces_of
+from .copying import Copies, CopyThread, LoopCopies, check_runs
 from .handover import Desk, Invitation, redeem
 
 __all__ = ["ShmPlane"]
@@ -144,7 +144,7 @@ class _ShmArena(RemoteArena):
         if self.ended.is_set():
             raise PlaneUnavailable(f"shm: {self._why}")
         if self._nbytes_on_loop(runs) <= ON_LOOP_NBYTES:
-            await self._loop_copies.run(self._copy, pieces_of(runs))
+            await self._loop_copies.run(self._copy, runs)
         else:
             await self._copies.run(partial(self._copy_all, runs))
 

@@ -123,7 +123,7 @@ def run_of(num_rows: int, row_nbytes: int, offset: int = 0) -> Run:
 def test_pieces_are_short_and_of_whole_rows(
     num_rows: int, row_nbytes: int, lengths: list[int]
 ) -> None:
-    pieces = list(pieces_of([run_of(num_rows, row_nbytes, 100)]))
+    pieces = list(pieces_of(run_of(num_rows, row_nbytes, 100), 1 << 20))
     assert [piece.count for piece in pieces] == lengths
     place = 0
     for piece in pieces:

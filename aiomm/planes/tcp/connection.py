@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from ...errors import PlaneUnavailable
 from ..base import GrantKey, Run
-from ..copying import Copies
-from .packing import Packing, part_of, pieces_of
+from ..copying import Copies, part_of, pieces_of
+from .packing import Packing
 from .wire import ANSWER, Answer, Status, encode_header, parse_answers
 
 __all__ = ["DataConnection", "Write"]

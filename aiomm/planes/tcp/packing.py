@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 from ...gpu.pinning import Pin
 from ..base import Run
 from ..copying import Copies
 
-__all__ = ["Packing", "part_of", "pieces_of"]
+__all__ = ["Packing"]
 
 NBYTES = 1 << 20
 """At most so many bytes are packed at a time, unless one row is longer."""
@@ -53,15 +52,3 @@ class Packing:
         pin, self._pin = self._pin, None
         if pin is not None:
             await copies.run(pin.release)
-
-
-def pieces_of(run: Run, max_nbytes: int) -> Iterator[Run]:
-    """Cut `run` into runs of at most `max_nbytes`, or one row."""
-    step = max(1, max_nbytes // run.rows.row_nbytes)
-    for done in range(0, run.count, step):
-        yield part_of(run, done, min(step, run.count - done))
-
-
-def part_of(run: Run, done: int, count: int) -> Run:
-    """Return `count` rows of `run` behind the first `done`."""
-    return Run(run.rows, run.first + done, count, run.offset + done * run.rows.row_nbytes)
