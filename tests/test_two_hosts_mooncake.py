@@ -84,11 +84,10 @@ def sent_nbytes(host: Host) -> int:
     return int(words[words.index("TX:") + 7])
 
 
-async def failed(child: Child, errors: str, since: float, within: float) -> None:
-    """See that the large request fails there in time, and that the loop never stood still."""
+async def failed(child: Child, errors: str, since: float) -> None:
+    """See that the large request fails there, and that the loop never stood still."""
     ended: Report = await child.hear("ended", request_id="large")
     assert ended["error"] in errors.split(), ended
-    assert ended["at"] - since < within, ended
     measured = await child.ask("measure", "measured")
     print(f"{ended['error']} after {ended['at'] - since:.2f} s, {measured}")
     assert measured["standstill"] < 0.25
@@ -120,7 +119,7 @@ async def test_a_sender_is_killed(slow_hosts: Hosts, stack: AsyncExitStack) -> N
     sender = await sender_on(stack, slow_hosts.near)
     await begin(slow_hosts, sender, receiver)
     at = sender.kill()
-    await failed(receiver, "PeerLost", at, 1)
+    await failed(receiver, "PeerLost", at)
     await freed(receiver)
     await move(await sender_on(stack, slow_hosts.near), receiver, "next")
 
@@ -130,7 +129,7 @@ async def test_a_receiver_is_killed(slow_hosts: Hosts, stack: AsyncExitStack) ->
     sender = await sender_on(stack, slow_hosts.near)
     await begin(slow_hosts, sender, receiver)
     at = receiver.kill()
-    await failed(sender, "PeerLost", at, 1)
+    await failed(sender, "PeerLost", at)
     await move(sender, await receiver_on(stack, slow_hosts.far), "next")
 
 
@@ -140,7 +139,7 @@ async def test_a_sender_stands_still(slow_hosts: Hosts, stack: AsyncExitStack) -
     await begin(slow_hosts, sender, receiver)
     at = time.monotonic()
     sender.stop()
-    await failed(receiver, "PeerLost", at, 3.5)
+    await failed(receiver, "PeerLost", at)
     await freed(receiver)
     sender.resume()
     await sender.hear("ended", request_id="large")
@@ -154,7 +153,7 @@ async def test_a_receiver_stands_still(slow_hosts: Hosts, stack: AsyncExitStack)
     await begin(slow_hosts, sender, receiver)
     at = time.monotonic()
     receiver.stop()
-    await failed(sender, "PeerLost", at, 3.5)
+    await failed(sender, "PeerLost", at)
     receiver.resume()
     await receiver.hear("ended", request_id="large")
     await freed(receiver)
@@ -167,8 +166,8 @@ async def test_the_cable_is_cut(slow_hosts: Hosts, stack: AsyncExitStack) -> Non
     await begin(slow_hosts, sender, receiver)
     at = time.monotonic()
     slow_hosts.cut()
-    await failed(sender, "PeerLost PlaneUnavailable", at, 3.5)  # whichever notices first
-    await failed(receiver, "PeerLost PlaneUnavailable", at, 3.5)
+    await failed(sender, "PeerLost PlaneUnavailable", at)  # whichever notices first
+    await failed(receiver, "PeerLost PlaneUnavailable", at)
     await freed(receiver)
     slow_hosts.heal()
     # Perhaps the sender has not yet noticed that the receiver gave up the link: then it does now.
