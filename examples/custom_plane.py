@@ -23,7 +23,7 @@ import aiomm
 from aiomm.buffers.arena import Arena
 from aiomm.buffers.shm import SEALS, MemfdArena
 from aiomm.planes.base import Export, GrantKey, Plane, RemoteArena, Run
-from aiomm.planes.copying import Copies, CopyThread, check_runs
+from aiomm.planes.copying import Copies, CopyThreads, check_runs
 
 
 class FileExport(Export):
@@ -55,10 +55,10 @@ class FileExport(Export):
 class FileArena(RemoteArena):
     """Sender's side: an open descriptor of the receiver's memory."""
 
-    def __init__(self, memory: int, thread: CopyThread) -> None:
+    def __init__(self, memory: int, threads: CopyThreads) -> None:
         self._memory = memory
         self._nbytes = os.fstat(memory).st_size
-        self._copies = Copies(thread)
+        self._copies = Copies(threads)
         self._is_closed = False
 
     async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
@@ -100,7 +100,7 @@ class FilePlane(Plane):
     name: ClassVar[str] = "file"
 
     def __init__(self) -> None:
-        self._thread = CopyThread(self.name)
+        self._threads = CopyThreads(self.name)
 
     async def export(self, arena: Arena) -> Export:
         """Open `arena`, which has to be one that stands behind a descriptor."""
@@ -117,7 +117,7 @@ class FilePlane(Plane):
         try:
             if fcntl.fcntl(memory, fcntl.F_GET_SEALS) & SEALS != SEALS:
                 raise OSError("its memory may change its size")
-            return FileArena(memory, self._thread)
+            return FileArena(memory, self._threads)
         except OSError as exc:
             os.close(memory)
             raise aiomm.PlaneUnavailable(f"file: not a receiver's arena: {exc}") from exc

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, ClassVar
@@ -24,7 +25,7 @@ from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import Copies, CopyThread, LoopCopies, check_runs
+from .copying import Copies, CopyThreads, LoopCopies, check_runs
 from .handover import Desk, Invitation, redeem
 
 __all__ = ["ShmPlane"]
@@ -43,12 +44,22 @@ class _Offer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
 
 
 class ShmPlane(Plane):
-    """Writes into memory that the receiver shares with the processes of its user."""
+    """Writes into memory that the receiver shares with the processes of its user.
+
+    Args:
+        copy_threads: that at most share a copy of more than 8 MiB, which one of them makes at
+            half the rate of two, or less. There are never more of them than processors.
+
+    Raises:
+        ValueError: `copy_threads` is less than 1.
+    """
 
     name: ClassVar[str] = "shm"
 
-    def __init__(self) -> None:
-        self._thread = CopyThread(self.name)
+    def __init__(self, copy_threads: int = 4) -> None:
+        if copy_threads < 1:
+            raise ValueError(f"copy_threads={copy_threads}: there must be one")
+        self._threads = CopyThreads(self.name, copy_threads)
         self._loop_copies = LoopCopies()
 
     def unusable(self) -> str | None:
@@ -85,7 +96,7 @@ class ShmPlane(Plane):
         except (msgspec.MsgspecError, RecursionError) as exc:
             raise PlaneUnavailable(f"shm: not an offer: {exc}") from exc
         connection, _, descriptors = await redeem(self.name, decoded.invitation, len(ACCEPTED), 1)
-        copies = Copies(self._thread)
+        copies = Copies(self._threads)
         try:
             memory = await copies.run(partial(_map, descriptors[0], decoded.nbytes))
         except BaseException:
@@ -126,6 +137,7 @@ class _ShmArena(RemoteArena):
         """All attachments': together they have so much of a turn of the loop."""
         self._pin: Pin | None = None
         """Made when the first tensor of a GPU comes."""
+        self._pin_lock = threading.Lock()
         self.ended = asyncio.Event()
         """Set when nothing can be written any more."""
         self._why = ""
@@ -143,10 +155,13 @@ class _ShmArena(RemoteArena):
     async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
         if self.ended.is_set():
             raise PlaneUnavailable(f"shm: {self._why}")
-        if self._nbytes_on_loop(runs) <= ON_LOOP_NBYTES:
+        nbytes = self._nbytes_on_loop(runs)
+        if nbytes <= ON_LOOP_NBYTES:
             await self._loop_copies.run(self._copy, runs)
-        else:
+        elif nbytes == math.inf:
             await self._copies.run(partial(self._copy_all, runs))
+        else:
+            await self._copies.share_out(self._copy_all, runs)
 
     async def quiesce(self) -> None:
         await self._copies.drain()
@@ -185,8 +200,10 @@ class _ShmArena(RemoteArena):
             copy_memory(self._address + run.offset, source, nbytes)
             return
         on_device = rows.on_device
-        if on_device is not None and self._pin is None:
-            self._pin = Pin(on_device.runtime, on_device.device, self._memory)
+        if on_device is not None:
+            with self._pin_lock:
+                if self._pin is None:
+                    self._pin = Pin(on_device.runtime, on_device.device, self._memory)
         target = self._memory[run.offset : run.offset + nbytes]
         rows.copy_into(target, run.first, run.count)
 

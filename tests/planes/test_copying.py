@@ -1,18 +1,21 @@
-"""Long copies run on one thread, which nobody has to wait for; short ones share the loop's time."""
+"""Long copies run on threads, which nobody has to wait for; short ones share the loop's time."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from itertools import chain, combinations
 
 import pytest
 
 from aiomm.buffers.tensors import TokenRows
 from aiomm.planes import copying
 from aiomm.planes.base import Run
-from aiomm.planes.copying import Copies, CopyThread, LoopCopies, LoopTime, pieces_of
+from aiomm.planes.copying import Copies, CopyThreads, LoopCopies, LoopTime, pieces_of, shares_of
 from aiomm.types import Field
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -46,8 +49,8 @@ asyncio.run(main())
 
 @pytest.mark.both_loops
 async def test_two_attachments_share_a_thread_and_the_last_one_ends_it() -> None:
-    thread = CopyThread("test")
-    first, second = Copies(thread), Copies(thread)
+    threads = CopyThreads("test")
+    first, second = Copies(threads), Copies(threads)
     names = await asyncio.gather(*(one.run(threading.get_ident) for one in (first, second)))
     assert names[0] == names[1] != threading.get_ident()
     await first.aclose()
@@ -58,7 +61,7 @@ async def test_two_attachments_share_a_thread_and_the_last_one_ends_it() -> None
 
 @pytest.mark.both_loops
 async def test_a_cancelled_wait_does_not_stop_the_work() -> None:
-    copies = Copies(CopyThread("test"))
+    copies = Copies(CopyThreads("test"))
     go_on = threading.Event()
     done: list[bool] = []
     waiting = asyncio.create_task(copies.run(lambda: done.append(go_on.wait())))
@@ -75,25 +78,93 @@ async def test_a_cancelled_wait_does_not_stop_the_work() -> None:
 
 @pytest.mark.both_loops
 async def test_an_error_is_that_of_the_work() -> None:
-    copies = Copies(CopyThread("test"))
+    copies = Copies(CopyThreads("test"))
     with pytest.raises(ZeroDivisionError):
         await copies.run(lambda: 1 // 0)
     await copies.aclose()
 
 
+@pytest.mark.both_loops
+async def test_a_long_copy_is_shared_by_the_threads(six_processors: set[int]) -> None:
+    """All are at work at the same time, none where another one is, and the end is told once."""
+    copies, story = Copies(CopyThreads("test", 3)), list[tuple[int, int, set[int]]]()
+    all_at_work = threading.Barrier(3)
+
+    def copy(share: Sequence[Run]) -> None:
+        (run,) = share
+        story.append((run.first, run.count, os.sched_getaffinity(0)))
+        all_at_work.wait(10)
+
+    await copies.share_out(copy, [run_of(13, 1 << 20)])
+    assert [piece[:2] for piece in sorted(story)] == [(0, 5), (5, 5), (10, 3)]
+    places = [piece[2] for piece in story]
+    assert not any(one & other for one, other in combinations(places, 2))
+    assert set.union(*places) == six_processors
+    await copies.aclose()
+
+
+@pytest.mark.both_loops
+async def test_a_share_that_fails_is_told_when_the_others_have_ended() -> None:
+    copies, ended = Copies(CopyThreads("test", 2)), list[int]()
+    failed = threading.Event()
+
+    def copy(share: Sequence[Run]) -> None:
+        if not share[0].first:
+            failed.set()
+            raise ZeroDivisionError
+        failed.wait(10)
+        ended.append(share[0].first)
+
+    with pytest.raises(ZeroDivisionError):
+        await copies.share_out(copy, [run_of(8, 1 << 20)])
+    assert ended == [4]
+    await copies.aclose()
+
+
+async def test_a_copy_of_nothing_ends_too() -> None:
+    copies = Copies(CopyThreads("test", 2))
+    await copies.share_out(lambda share: None, [])
+    await copies.aclose()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_shares", "shares"),
+    [
+        ([1], 3, [[(0, 0, 1)]]),
+        ([6], 1, [[(0, 0, 6)]]),
+        ([6], 3, [[(0, 0, 2)], [(0, 2, 2)], [(0, 4, 2)]]),
+        ([7], 3, [[(0, 0, 3)], [(0, 3, 3)], [(0, 6, 1)]]),
+        ([1, 5], 2, [[(0, 0, 1), (1, 0, 2)], [(1, 2, 3)]]),
+        ([0, 2, 0, 1, 1], 2, [[(1, 0, 2)], [(3, 0, 1), (4, 0, 1)]]),
+        ([], 2, []),
+    ],
+)
+def test_shares_are_alike_and_of_whole_rows(
+    lengths: list[int], num_shares: int, shares: list[list[tuple[int, int, int]]]
+) -> None:
+    runs = [run_of(length, 48, 1000 * place) for place, length in enumerate(lengths)]
+    told = [
+        [(run.offset // 1000, run.first, run.count) for run in share]
+        for share in shares_of(runs, num_shares)
+    ]
+    assert told == shares
+    for run in chain.from_iterable(shares_of(runs, num_shares)):
+        assert run.offset % 1000 == run.first * 48
+
+
 def test_a_loop_that_is_closed_in_the_meantime_is_not_told() -> None:
-    thread = CopyThread("test")
-    thread.hold()
+    threads = CopyThreads("test")
+    threads.hold()
     go_on = threading.Event()
     loop = asyncio.new_event_loop()
 
     async def start() -> None:
-        thread.start(go_on.wait)
+        threads.start([go_on.wait])
 
     loop.run_until_complete(start())
     loop.close()
     go_on.set()
-    thread.let_go()
+    threads.let_go()
 
 
 def test_a_process_that_never_closes_ends_at_once() -> None:
@@ -101,6 +172,21 @@ def test_a_process_that_never_closes_ends_at_once() -> None:
         [sys.executable, "-c", NEVER_CLOSED], capture_output=True, text=True, timeout=20
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "written\n", "")
+
+
+@pytest.fixture
+def six_processors(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Have threads bind themselves to processors that are not there."""
+    of_thread: dict[int, set[int]] = {}
+
+    def bind(_: int, processors: Sequence[int]) -> None:
+        of_thread[threading.get_ident()] = set(processors)
+
+    monkeypatch.setattr(
+        os, "sched_getaffinity", lambda _: of_thread.get(threading.get_ident(), set(range(6)))
+    )
+    monkeypatch.setattr(os, "sched_setaffinity", bind)
+    return set(range(6))
 
 
 def run_of(num_rows: int, row_nbytes: int, offset: int = 0) -> Run:

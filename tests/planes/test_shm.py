@@ -115,13 +115,21 @@ class TestShmPlane(PlaneContract):
         with pytest.raises(PlaneUnavailable, match="darwin"):
             await plane.attach(b"")
 
-    async def test_mixes_long_and_short_runs_on_the_thread(self) -> None:
+    @pytest.mark.parametrize("num_processors", [1, 2, 8])
+    async def test_mixes_long_and_short_runs_on_its_threads(
+        self, num_processors: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(copying, "_num_processors", lambda: num_processors)
         link = await self.open_link(16 << 20)
-        long, short, strided = random_rows(9, 1 << 20), random_rows(3, 64), strided_rows(9, 64)
-        parts = [(0, long), (10 << 20, short), (11 << 20, strided)]
+        long, short, strided = random_rows(13, 1 << 20), random_rows(3, 64), strided_rows(9, 64)
+        parts = [(0, strided), (1 << 20, long), (15 << 20, short)]
         await link.write([whole(tensor, offset) for offset, tensor in parts])
         assert link.content() == expected_content(16 << 20, *parts)
         await link.aclose()
+
+    async def test_without_a_thread_nothing_long_can_be_copied(self) -> None:
+        with pytest.raises(ValueError, match="copy_threads=0"):
+            ShmPlane(copy_threads=0)
 
     async def test_a_short_write_is_done_at_once(self, link: Link) -> None:
         parts = [(0, random_rows(3, 64)), (512, strided_rows(9, 64)[:2])]

@@ -19,7 +19,7 @@ from ...errors import PlaneUnavailable
 from ...gpu.choice import gpu_runtime, is_in_use
 from ...gpu.runtime import HANDLE_NBYTES, GpuError, GpuRuntime, explained
 from ..base import Export, Place, Plane, RemoteArena
-from ..copying import Copies, CopyThread
+from ..copying import Copies, CopyThreads
 from ..handover import redeem
 from .exporting import CudaExport, exported_here
 from .mappings import Pool
@@ -40,7 +40,7 @@ class CudaIpcPlane(Plane):
 
     def __init__(self, *, by_name: bool = True) -> None:
         self._by_name = by_name
-        self._thread = CopyThread(self.name)
+        self._threads = CopyThreads(self.name)
 
     @classmethod
     def at(cls, place: Place, *, by_name: bool) -> Self:
@@ -70,7 +70,7 @@ class CudaIpcPlane(Plane):
         """
         if not isinstance(arena, CudaArena):
             raise PlaneUnavailable(f"cuda_ipc: writes into a GPU's memory, not {arena.device}")
-        copies = Copies(self._thread)
+        copies = Copies(self._threads)
         try:
             export = await copies.run(partial(CudaExport, arena))
         finally:
@@ -89,7 +89,7 @@ class CudaIpcPlane(Plane):
         reason = self.unusable()
         if reason is not None:
             raise PlaneUnavailable(f"cuda_ipc: {reason}")
-        copies = Copies(self._thread)
+        copies = Copies(self._threads)
         try:
             runtime = await copies.run(gpu_runtime)
             local = exported_here(decoded)

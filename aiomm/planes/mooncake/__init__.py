@@ -21,7 +21,7 @@ from ...buffers.cuda import CudaArena
 from ...buffers.tensors import Memory
 from ...errors import PlaneUnavailable
 from ..base import Export, Place, Plane, RemoteArena
-from ..copying import Copies, CopyThread
+from ..copying import Copies, CopyThreads
 from .engine import PEER_TO_PEER, engine_at
 from .library import has_rdma, is_cuda_build, uses_tcp, why_unusable
 from .outlet import Outlets
@@ -64,8 +64,8 @@ class MooncakePlane(Plane):
         self._advertise = bind if advertise is None else advertise
         self._by_name = by_name
         self._metadata = metadata or os.environ.get(METADATA_VARIABLE) or PEER_TO_PEER
-        self._thread = CopyThread(self.name)
-        self._outlets = Outlets(self._thread, self._metadata, staging_nbytes)
+        self._threads = CopyThreads(self.name)
+        self._outlets = Outlets(self._threads, self._metadata, staging_nbytes)
 
     @classmethod
     def at(cls, place: Place, *, by_name: bool) -> Self:
@@ -94,7 +94,7 @@ class MooncakePlane(Plane):
         if not isinstance(arena, HostArena | CudaArena) or not self.writes_into(arena.device):
             raise PlaneUnavailable(f"mooncake: {NO_CUDA}, so not into that of {arena.device}")
         self._check_usable()
-        copies = Copies(self._thread)
+        copies = Copies(self._threads)
         memory: tuple[int, int] | None = None
         try:
             engine = await copies.run(partial(engine_at, self._advertise, self._metadata))

@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 
 from ...buffers.tensors import Memory
-from ..copying import Copies, CopyThread
+from ..copying import Copies, CopyThreads
 from .engine import SharedEngine, engine_at
 from .staging import Staging
 
@@ -56,8 +56,8 @@ class Outlets:
     An outlet lives as long as anything is attached through it.
     """
 
-    def __init__(self, thread: CopyThread, metadata: str, staging_nbytes: int) -> None:
-        self._thread = thread
+    def __init__(self, threads: CopyThreads, metadata: str, staging_nbytes: int) -> None:
+        self._threads = threads
         self._metadata = metadata
         self._staging_nbytes = staging_nbytes
         self._outlets: dict[str, Outlet] = {}
@@ -105,7 +105,7 @@ class Outlets:
                     await outlet.unregister(memory.address, memory.nbytes)
 
     async def _opened(self, host: str) -> Outlet:
-        copies = Copies(self._thread)
+        copies = Copies(self._threads)
         try:
             engine = await copies.run(partial(engine_at, host, self._metadata))
             staging = Staging(engine, copies, self._staging_nbytes)

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 from ...buffers.arena import Arena, HostArena
 from ...errors import PlaneUnavailable
 from ..base import Export, Place, Plane, RemoteArena
-from ..copying import CopyThread
+from ..copying import CopyThreads
 from .receiving import TcpExport
 from .sending import TcpArena
 from .sockets import is_wildcard
@@ -47,7 +47,7 @@ class TcpPlane(Plane):
             raise ValueError(
                 f"bind={bind!r}, advertise={advertise!r}: needs an address that senders reach"
             )
-        self._thread = CopyThread(self.name)
+        self._threads = CopyThreads(self.name)
 
     @classmethod
     def at(cls, place: Place, *, by_name: bool) -> Self:
@@ -72,4 +72,4 @@ class TcpPlane(Plane):
         Raises:
             PlaneUnavailable: it cannot be reached within 5 s, or refuses the offer's key.
         """
-        return await TcpArena.attach(decode_offer(offer), self._thread)
+        return await TcpArena.attach(decode_offer(offer), self._threads)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ...errors import PlaneUnavailable
 from ..base import GrantKey, RemoteArena, Run
-from ..copying import Copies, CopyThread, check_runs
+from ..copying import Copies, CopyThreads, check_runs
 from .connecting import Welcome, connect
 from .connection import DataConnection, Write
 from .sockets import LOST_SECONDS, resolve
@@ -37,13 +37,15 @@ class TcpArena(RemoteArena):
     no byte has landed for :data:`LOST_SECONDS`.
     """
 
-    def __init__(self, offer: Offer, attachment: int, welcome: Welcome, thread: CopyThread) -> None:
+    def __init__(
+        self, offer: Offer, attachment: int, welcome: Welcome, threads: CopyThreads
+    ) -> None:
         self._offer = offer
         self._attachment = attachment
         self._endpoint = welcome.endpoint
         self._arena_nbytes = welcome.arena_nbytes
         self._connection = DataConnection(welcome.connection)
-        self._copies = Copies(thread)
+        self._copies = Copies(threads)
         self._numbers = itertools.count()
         self._unanswered: dict[int, Write] = {}
         self._reconnecting: asyncio.Task[DataConnection] | None = None
@@ -55,7 +57,7 @@ class TcpArena(RemoteArena):
         """When a connection broke, if no byte has landed since then."""
 
     @classmethod
-    async def attach(cls, offer: Offer, thread: CopyThread) -> TcpArena:
+    async def attach(cls, offer: Offer, threads: CopyThreads) -> TcpArena:
         """Connect to the receiver behind `offer`.
 
         Raises:
@@ -68,7 +70,7 @@ class TcpArena(RemoteArena):
         except OSError as exc:
             where = f"{offer.host} port {offer.port}"
             raise PlaneUnavailable(f"tcp: {where} cannot be reached: {exc}") from exc
-        return cls(offer, attachment, welcome, thread)
+        return cls(offer, attachment, welcome, threads)
 
     async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
         """Send `runs`; return once the receiver says that every byte has landed.
