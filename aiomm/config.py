@@ -90,6 +90,9 @@ class ReceiverSettings(EndpointSettings, frozen=True, kw_only=True):
     max_buffered_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 8 * 2**30
     """Bytes that transfers longer than the pool, and results that nobody takes, may hold
     outside it, all together."""
+    max_spare_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 2**30
+    """Bytes that are kept of such transfers when nobody uses them any more, for those to come;
+    the kernel may have their pages when it is short of memory."""
 
 
 def settings_from(

@@ -14,6 +14,7 @@ from ..buffers.cuda import CudaArena, DeviceJoinedTensors
 from ..buffers.layout import ByteRange, Layout
 from ..buffers.received import JoinedTensors, PoolTensors
 from ..buffers.shm import MemfdArena
+from ..buffers.spare import SpareMemory
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from ..planes.base import Plane
@@ -34,18 +35,20 @@ class Memory:
         layout: of the pool.
         device: where it lies: `"cpu"`, or a GPU such as `"cuda:0"`.
         name: the receiver's, for logs.
+        max_spare_nbytes: kept of results that are gone.
     """
 
     arena: Arena
     tensors: PoolTensors
 
-    def __init__(self, layout: Layout, device: str, name: str) -> None:
+    def __init__(self, layout: Layout, device: str, name: str, max_spare_nbytes: int) -> None:
         self.device = device
         self.staging: HostArena | None = None
         """Where planes write that do not reach the pool's device; laid out as the pool is."""
         self._layout = layout
         self._name = name
         self._pin: Pin | None = None
+        self._spare = SpareMemory(max_spare_nbytes)
 
     async def open(self, executor: Executor, planes: Sequence[Plane]) -> None:
         """Make it, faulted in.
@@ -63,7 +66,7 @@ class Memory:
     def joined(self, num_tokens: int | None) -> Joined:
         """Return memory for so many tokens outside the pool, or for as many as come."""
         if self.device == "cpu":
-            return JoinedTensors(self._layout.schema, num_tokens)
+            return JoinedTensors(self._layout.schema, num_tokens, self._spare)
         return DeviceJoinedTensors(self._layout.schema, num_tokens)
 
     def upload(self, source: Arena | None, extents: Sequence[Extent]) -> None:
@@ -103,6 +106,7 @@ class Memory:
             return HostArena(self._layout.nbytes)
 
     def _give_back(self) -> None:
+        self._spare.close()
         self.__dict__.pop("tensors", None)  # what leases still hold stays, and nothing else
         if self._pin is not None:
             self._pin.release()

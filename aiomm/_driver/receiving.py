@@ -123,7 +123,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.pool = BlockPool(settings.blocks, settings.block_size)
         self.queue = ReservationQueue(self.pool, max_waiting=settings.max_waiting)
         self.layout = Layout(schema, settings.blocks * settings.block_size, settings.max_peers)
-        self.memory = Memory(self.layout, device, name)
+        self.memory = Memory(self.layout, device, name, settings.max_spare_bytes)
         self._exports = Exports(self.layout)
         self.endpoint = ReceiveEndpoint(
             new_epoch(),

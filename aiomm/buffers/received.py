@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 
 from ..errors import Rejected
 from ..types import Extent, Schema
 from .arena import Arena
 from .arrays import Array, array_over, copy_bytes
 from .layout import Layout
+from .spare import PrivateMemory, SpareMemory
 
 __all__ = ["JoinedTensors", "PoolTensors"]
 
@@ -51,15 +50,17 @@ class JoinedTensors:
     Args:
         schema: the fields.
         num_tokens: tokens that will come in all, or None if nobody knows.
+        spare: where the memory comes from, and goes.
     """
 
-    def __init__(self, schema: Schema, num_tokens: int | None) -> None:
+    def __init__(self, schema: Schema, num_tokens: int | None, spare: SpareMemory) -> None:
         self.schema = schema
         self.num_tokens = 0
         """Tokens that are here."""
         self._limit = num_tokens
         self._room = 0
-        self._memory: dict[str, mmap.mmap | bytearray] = {}
+        self._spare = spare
+        self._memory: dict[str, PrivateMemory | bytearray] = {}
 
     def append(self, layout: Layout, arena: Arena, extents: Sequence[Extent]) -> None:
         """Copy the tokens of `extents` behind those that are here.
@@ -76,7 +77,7 @@ class JoinedTensors:
             raise ValueError(f"{stop} tokens have come, and only {self._limit} were to")
         self._make_room(stop)
         for name, field in self.schema.items():
-            joined = memoryview(self._memory[name])
+            joined = self._view(name)
             offset = self.num_tokens * field.row_nbytes
             for extent in extents:
                 start, end = layout.field_range(name, extent)
@@ -95,9 +96,13 @@ class JoinedTensors:
         """
         self._make_room(self.num_tokens)
         return {
-            name: array_over(memoryview(self._memory[name]), field, self.num_tokens)
+            name: array_over(self._view(name), field, self.num_tokens)
             for name, field in self.schema.items()
         }
+
+    def _view(self, name: str) -> memoryview:
+        memory = self._memory[name]
+        return memory.view if isinstance(memory, PrivateMemory) else memoryview(memory)
 
     def _make_room(self, num_tokens: int) -> None:
         if self._memory and num_tokens <= self._room:
@@ -107,19 +112,12 @@ class JoinedTensors:
             nbytes = max(room * field.row_nbytes, 1)  # pages that nobody touches cost nothing
             memory = self._memory.get(name)
             try:
-                if isinstance(memory, mmap.mmap):
-                    memory.resize(nbytes)
+                if isinstance(memory, PrivateMemory):
+                    memory.grow(nbytes)
                 elif self._limit is not None and nbytes <= HEAP_NBYTES:
                     self._memory[name] = bytearray(nbytes)
                 else:
-                    self._memory[name] = _mapped(nbytes)
+                    self._memory[name] = self._spare.take(nbytes)
             except (OSError, OverflowError) as exc:
                 raise Rejected(f"no memory for {nbytes} bytes of {name!r}", retryable=True) from exc
         self._room = room
-
-
-def _mapped(nbytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # only faster: the first touch of a page is most of the time
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

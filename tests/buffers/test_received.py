@@ -14,6 +14,7 @@ import torch
 from aiomm.buffers.arena import HostArena
 from aiomm.buffers.layout import Layout
 from aiomm.buffers.shm import MemfdArena
+from aiomm.buffers.spare import SpareMemory
 from aiomm.buffers.tensors import JoinedTensors, PoolTensors, load_array_library, rows_of
 from aiomm.errors import Rejected
 from aiomm.types import DTYPE_NBYTES, Extent, Field, Schema
@@ -83,7 +84,7 @@ class TestJoinedTensors:
     def test_chunks_follow_each_other(self, num_tokens: int | None) -> None:
         tensors = source()
         layout, arena = filled(tensors, HostArena)
-        joined = JoinedTensors(SCHEMA, num_tokens)
+        joined = JoinedTensors(SCHEMA, num_tokens, SpareMemory(0))
         chunks = [[Extent(32, 48), Extent(64, 71)], [], [Extent(0, 32), Extent(71, 96)]]
         for chunk in chunks:
             joined.append(layout, arena, chunk)
@@ -101,7 +102,7 @@ class TestJoinedTensors:
     def test_in_another_thread(self) -> None:
         tensors = source()
         layout, arena = filled(tensors, MemfdArena)
-        joined = JoinedTensors(SCHEMA, 96)
+        joined = JoinedTensors(SCHEMA, 96, SpareMemory(0))
         thread = threading.Thread(target=joined.append, args=(layout, arena, [Extent(0, 96)]))
         thread.start()
         thread.join()
@@ -109,12 +110,12 @@ class TestJoinedTensors:
 
     @pytest.mark.parametrize("num_tokens", [0, None])
     def test_no_tokens(self, num_tokens: int | None) -> None:
-        for name, tensor in JoinedTensors(SCHEMA, num_tokens).tensors().items():
+        for name, tensor in JoinedTensors(SCHEMA, num_tokens, SpareMemory(0)).tensors().items():
             check_equal(tensor, source(0)[name])
 
     def test_more_than_was_to_come_is_refused(self) -> None:
         layout, arena = filled(source(), HostArena)
-        joined = JoinedTensors(SCHEMA, 95)
+        joined = JoinedTensors(SCHEMA, 95, SpareMemory(0))
         with pytest.raises(ValueError, match="96 tokens have come, and only 95 were to"):
             joined.append(layout, arena, [Extent(0, 96)])
         assert joined.num_tokens == 0
@@ -122,7 +123,7 @@ class TestJoinedTensors:
     @pytest.mark.parametrize("num_tokens", [1 << 50, 1 << 70])
     def test_no_memory_is_a_refusal(self, num_tokens: int) -> None:
         with pytest.raises(Rejected, match=r"no memory for .* 'embeddings'") as refused:
-            JoinedTensors(SCHEMA, num_tokens).tensors()
+            JoinedTensors(SCHEMA, num_tokens, SpareMemory(0)).tensors()
         assert refused.value.retryable
 
     @pytest.mark.parametrize("knows_length", [True, False])
@@ -132,7 +133,7 @@ class TestJoinedTensors:
         arena = HostArena(layout.nbytes)
         arena.view(0, 64 << 16)[:] = bytes(range(256)) * (64 << 8)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        joined = JoinedTensors(schema, 64 * 20 if knows_length else None)
+        joined = JoinedTensors(schema, 64 * 20 if knows_length else None, SpareMemory(0))
         for _ in range(20):
             joined.append(layout, arena, [Extent(0, 64)])
         tensor = joined.tensors()["x"]
@@ -147,13 +148,14 @@ sys.modules["torch"] = None
 from aiomm.types import Extent, Field, Schema
 from aiomm.buffers.arena import HostArena
 from aiomm.buffers.layout import Layout
+from aiomm.buffers.spare import SpareMemory
 from aiomm.buffers.tensors import JoinedTensors, PoolTensors, load_array_library
 {}
 schema = Schema(x=Field("{}", 2))
 layout = Layout(schema, 8, num_probes=0)
 arena = HostArena(layout.nbytes)
 arena.view(0, 64)[:] = bytes(range(64))
-joined = JoinedTensors(schema, None)
+joined = JoinedTensors(schema, None, SpareMemory(0))
 joined.append(layout, arena, [Extent(4, 6)])
 try:
     pool = PoolTensors(layout, arena)
