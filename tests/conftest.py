@@ -16,7 +16,10 @@ import pytest
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 SHARED_MEMORY_NAMES = ("aiomm", "psm_")
-"""What files in /dev/shm of ours and of Python's `shared_memory` begin with; others come and go."""
+"""What files in /dev/shm would begin with, were they ours or of Python's `shared_memory`.
+
+Others come and go: tests and benchmarks that run beside this one have theirs.
+"""
 
 
 def loop_factories() -> dict[str, LoopFactory]:
@@ -51,12 +54,16 @@ def open_descriptors() -> dict[str, str]:
 def resources() -> dict[str, set[str]]:
     """Return the threads, descriptors and shared-memory files that exist now."""
     gc.collect()
-    shared = (name for name in os.listdir("/dev/shm") if name.startswith(SHARED_MEMORY_NAMES))
     return {
         "threads": {f"{thread.name} ({thread.ident})" for thread in threading.enumerate()},
         "descriptors": {f"{number} -> {target}" for number, target in open_descriptors().items()},
-        "/dev/shm": set(shared),
+        "/dev/shm": shared_memory_files(),
     }
+
+
+def shared_memory_files() -> set[str]:
+    """Return the names in /dev/shm that could be ours."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(SHARED_MEMORY_NAMES)}
 
 
 LAST_SECONDS = 1.0

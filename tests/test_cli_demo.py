@@ -12,6 +12,7 @@ import pytest
 
 from aiomm.demo import content
 from tests.command import command, outcome_of
+from tests.conftest import shared_memory_files
 from tests.processes import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -95,7 +96,7 @@ def children_of(pid: int) -> list[int]:
 
 
 async def test_ctrl_c_ends_both_processes() -> None:
-    before = os.listdir("/dev/shm")
+    before = shared_memory_files()
     async with command("demo", "--requests", "100000") as running:
         await until(lambda: len(children_of(running.pid)) == 2, "two processes run")
         started = children_of(running.pid)
@@ -103,7 +104,7 @@ async def test_ctrl_c_ends_both_processes() -> None:
         done = await running.end()
     assert done.code == 130
     assert not any(str(pid) in os.listdir("/proc") for pid in started)
-    assert os.listdir("/dev/shm") == before
+    assert shared_memory_files() == before
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["language", "encoder"])

@@ -16,6 +16,7 @@ import torch
 from aiomm import Cancelled, PoolClosed, Receiver, Schema, Sender, State, Transfer
 from aiomm.cli.files import WHOLE_FILE, field_from
 from tests.command import command, outcome_of
+from tests.conftest import shared_memory_files
 from tests.processes import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -158,7 +159,7 @@ async def test_recv_tells_of_a_sender_that_gives_up(out: Path) -> None:
 
 
 async def test_ctrl_c_on_recv_ends_the_senders_transfer(out: Path) -> None:
-    before = os.listdir("/dev/shm")
+    before = shared_memory_files()
     async with command("recv", "--bind", HERE, "--out", str(out)) as recv:
         address = (await recv.says("receiving at ")).split()[-1]
         async with Sender(WHOLE_FILE) as sender:
@@ -171,7 +172,7 @@ async def test_ctrl_c_on_recv_ends_the_senders_transfer(out: Path) -> None:
     assert received.code == 130
     assert received.errors.endswith("aiomm: interrupted\n")
     assert os.listdir(out) == []
-    assert os.listdir("/dev/shm") == before
+    assert shared_memory_files() == before
 
 
 async def test_ctrl_c_on_send_ends_the_receivers_transfer(by_fields: Path) -> None:

@@ -134,7 +134,7 @@ def measure(
     """Start all, measure in rounds, end all."""
     measurement = Measurement(sizes, arrivals)
     with ExitStack() as stack:
-        scratch = tempfile.TemporaryDirectory(prefix="aiomm-peers-", dir=SCRATCH)
+        scratch = tempfile.TemporaryDirectory(prefix="peers-of-aiomm-", dir=SCRATCH)
         folder = Path(stack.enter_context(scratch))
         stack.callback(measurement.end)
         measurement.start(names, folder)
