@@ -22,6 +22,7 @@ __all__ = [
     "Ticket",
     "TransferId",
     "TransferStats",
+    "part_of",
 ]
 
 DTYPE_NBYTES: Mapping[str, int] = {
@@ -158,6 +159,22 @@ class Extent(NamedTuple):
         return self.stop - self.start
 
 
+def part_of(extents: tuple[Extent, ...], skip: int, count: int) -> tuple[Extent, ...]:
+    """Return the part of `extents` that holds `count` tokens behind the first `skip`."""
+    if not skip and len(extents) == 1 and extents[0].num_tokens <= count:
+        return extents
+    chosen: list[Extent] = []
+    for start, stop in extents:
+        if not count:
+            break
+        begin, end = start + skip, min(stop, start + skip + count)
+        if begin < end:
+            chosen.append(Extent(begin, end))
+            count -= end - begin
+        skip = max(0, skip - (stop - start))
+    return tuple(chosen)
+
+
 @dataclass(frozen=True, slots=True)
 class Allocation:
     """Blocks of one pool that belong together.
@@ -180,13 +197,7 @@ class Allocation:
 
     def tail(self, num_tokens: int) -> tuple[Extent, ...]:
         """Return what remains of `extents` behind the first `num_tokens` tokens."""
-        rest: list[Extent] = []
-        skip = num_tokens
-        for start, stop in self.extents:
-            if stop - start > skip:
-                rest.append(Extent(start + skip, stop))
-            skip = max(0, skip - (stop - start))
-        return tuple(rest)
+        return part_of(self.extents, num_tokens, self.num_tokens)
 
 
 class TransferId(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
-from ..buffers.checksum import checksum_of_extents
+from ..buffers.checksum import digests_of_extents
 from ..buffers.layout import Layout
 from ..buffers.pool import BlockPool
 from ..buffers.queue import QueueFull, ReservationQueue
@@ -48,15 +48,13 @@ from ..protocol.receiving import ReceiveEndpoint
 from ..protocol.session import Timing
 from ..types import Allocation, Extent, Schema
 from .base import Driver, new_epoch
+from .checksums import AT_ONCE_NBYTES, Checksums, Chunk
 from .exports import Exports
 from .memory import Joined, Memory
 
 __all__ = ["Delivery", "ReceiveDriver", "Waiter"]
 
 logger = logging.getLogger("aiomm.receiver")
-
-AT_ONCE_NBYTES = 1 << 20
-"""Up to here a chunk is verified on the loop's thread: 0.1 ms, less than the way to another."""
 
 
 class Delivery:
@@ -156,6 +154,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._making_room: asyncio.Task[None] | None = None
         self._loop_time = LoopTime()
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="aiomm-join")
+        self._checksums = Checksums()
         self._freed = asyncio.Event()
 
     # Beginning and end.
@@ -173,6 +172,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     async def tear_down(self) -> None:
         """Close the exports and the arena. Leases that are still held stay readable."""
         await self._exports.aclose()
+        await self._checksums.aclose()
         await self.loop.run_in_executor(None, self._copier.shutdown)
         await self.memory.aclose()
 
@@ -418,15 +418,16 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         arena = self.memory.arena
         if self._exports.arena_of(command.plane) is not arena:
             return False
-        nbytes = self.schema.token_nbytes * sum(extent.num_tokens for extent in extents)
-        if checksum and (nbytes > AT_ONCE_NBYTES or arena.device != "cpu"):
-            return False
-        if checksum and not self._loop_time.is_left():
-            return False
-        try:
-            matches = not checksum or checksum == checksum_of_extents(self.layout, arena, extents)
-        except Exception:  # the task will meet it again, and knows what to do
-            return False
+        matches = True
+        if checksum:
+            chunk = self._chunk_in(extents)
+            is_short = chunk.nbytes <= AT_ONCE_NBYTES and arena.device == "cpu"
+            if not is_short or not self._loop_time.is_left():
+                return False
+            try:
+                matches = checksum == self._checksums.at_once(chunk)
+            except Exception:  # the task will meet it again, and knows what to do
+                return False
         self.endpoint.verified(number, matches, self.now())
         return True
 
@@ -439,8 +440,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         number, extents, checksum = command.number, command.extents, command.checksum
         try:
             await self._upload(number, extents, command.plane)
-            matches = not checksum or checksum == await self.loop.run_in_executor(
-                self._copier, checksum_of_extents, self.layout, self.memory.arena, extents
+            matches = not checksum or checksum == await self._checksums.by_threads(
+                self._chunk_in(extents)
             )
         except Exception as exc:  # no xxhash here, CUDA has failed, or the pool is closing
             failure = Failure(Reason.REJECTED, f"the chunk cannot be verified: {exc}")
@@ -448,6 +449,11 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         else:
             self.endpoint.verified(number, matches, self.now())
         self.pump()
+
+    def _chunk_in(self, extents: tuple[Extent, ...]) -> Chunk:
+        count = sum(extent.num_tokens for extent in extents)
+        digests_of = partial(digests_of_extents, self.layout, self.memory.arena, extents)
+        return Chunk(self.schema, count, digests_of)
 
     async def _upload(self, number: int, extents: tuple[Extent, ...], plane: str) -> None:
         """Copy a chunk into the pool, if it is on a GPU and the plane does not write there."""

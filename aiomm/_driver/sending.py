@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import ClassVar, NamedTuple
 
-from ..buffers.checksum import checksum_of_rows, new_checksum
+from ..buffers.checksum import digests_of_rows, new_digest
 from ..buffers.tensors import TokenRows
 from ..config import SenderSettings
 from ..errors import AiommError, Failure, PlaneUnavailable, Reason, error_from
@@ -32,14 +32,13 @@ from ..protocol.sending import SendEndpoint
 from ..protocol.session import Timing
 from ..types import Extent, Schema, TransferId
 from .base import Driver, new_epoch
+from .checksums import AT_ONCE_NBYTES, Checksums, Chunk
 from .routes import Route, find_route
 
 __all__ = ["SendDriver", "Watcher"]
 
 logger = logging.getLogger("aiomm.sender")
 
-PART_NBYTES = 1 << 20
-"""What is verified at least at a time, and what is added up on the loop's thread: 0.1 ms."""
 CAUSE_DELAY = 0.1
 """Seconds that a failed write waits for the word of what broke it."""
 
@@ -80,10 +79,8 @@ class SendDriver(Driver[SendEndpoint]):
         name: str,
     ) -> None:
         super().__init__(settings, bind, name)
-        part_tokens = 0
         if settings.checksum:
-            new_checksum()  # an ImportError now, not at the first write
-            part_tokens = max(1, PART_NBYTES // schema.token_nbytes)
+            new_digest()  # an ImportError now, not at the first write
         self.planes = planes
         self.endpoint = SendEndpoint(
             new_epoch(),
@@ -92,8 +89,8 @@ class SendDriver(Driver[SendEndpoint]):
             timing=Timing(peer_timeout=settings.peer_timeout),
             max_peers=settings.max_peers,
             max_waiting=settings.max_waiting,
-            part_tokens=part_tokens,
         )
+        self._checksums = Checksums()
         self.sources: dict[int, Mapping[str, TokenRows]] = {}
         """The tensors of each transfer, until it is settled."""
         self.watchers: dict[int, Watcher] = {}
@@ -125,6 +122,7 @@ class SendDriver(Driver[SendEndpoint]):
         for peer in {key.peer for key in self._routes}:
             self._detach(peer)
         await asyncio.gather(*self._detachments)
+        await self._checksums.aclose()
 
     def abandon(self, failure: Failure) -> None:
         """Fail every transfer that is not done."""
@@ -264,11 +262,13 @@ class SendDriver(Driver[SendEndpoint]):
         grant = GrantKey(route.link, generation, command.sequence)
         try:
             runs = runs_of(self.sources[generation], route, command.start, command.extents)
-            if self.settings.checksum and sum(run.nbytes for run in runs) > PART_NBYTES:
+            if self.settings.checksum and sum(run.nbytes for run in runs) > AT_ONCE_NBYTES:
                 return False
             if not route.arena.write_at_once(grant, runs):
                 return False
-            checksum = self._add_up(command, route) if self.settings.checksum else b""
+            checksum = b""
+            if self.settings.checksum:
+                checksum = self._checksums.at_once(self._chunk_of(command, route))
         except Exception:  # the task will meet it again, and knows what to do
             return False
         self.endpoint.write_finished(generation, self.now(), checksum, route.plane)
@@ -282,9 +282,10 @@ class SendDriver(Driver[SendEndpoint]):
             if generation in self.watchers:  # it has not failed while a plane was looked for
                 runs = runs_of(self.sources[generation], route, command.start, command.extents)
                 grant = GrantKey(route.link, generation, command.sequence)
-                adding_up = await self._begin_to_add_up(command, route)
+                if self.settings.checksum:
+                    checksum = await self._checksums.by_threads(self._chunk_of(command, route))
                 await route.arena.write(grant, runs)
-                plane, checksum = route.plane, await adding_up
+                plane = route.plane
         except Exception as exc:  # whatever a plane raises fails this transfer and no other
             await self._end_of(generation)
             self.endpoint.write_failed(generation, _failure_of(exc), self.now())
@@ -293,32 +294,10 @@ class SendDriver(Driver[SendEndpoint]):
         self.pump()
         self._let_go(generation)
 
-    async def _begin_to_add_up(self, command: Write, route: Route) -> asyncio.Future[bytes]:
-        """Return the checksum of what is to be written, in a while; empty if none is wanted.
-
-        It is made on a thread, while the loop's own may copy. That one keeps the GIL, and the
-        thread needs it once to begin: so it has begun when this returns.
-        """
-        adding_up: asyncio.Future[bytes] = self.loop.create_future()
-        if not self.settings.checksum:
-            adding_up.set_result(b"")
-            return adding_up
-        begun = asyncio.Event()
-
-        def add_up() -> bytes:
-            self.loop.call_soon_threadsafe(begun.set)
-            return self._add_up(command, route)
-
-        adding_up = self.loop.run_in_executor(None, add_up)
-        adding_up.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await begun.wait()
-        return adding_up
-
-    def _add_up(self, command: Write, route: Route) -> bytes:
-        """Return the checksum of what is to be written."""
-        count = sum(extent.num_tokens for extent in command.extents)
+    def _chunk_of(self, command: Write, route: Route) -> Chunk:
         rows = self.sources[command.transfer.generation]
-        return checksum_of_rows(rows, route.layout.schema, command.start, count)
+        count = sum(extent.num_tokens for extent in command.extents)
+        return Chunk(route.layout.schema, count, partial(digests_of_rows, rows, command.start))
 
     async def _end_of(self, generation: int) -> None:
         """Return when the transfer has ended, or soon.

@@ -212,17 +212,21 @@ class Copies:
 
     async def run(self, work: Callable[[], Result]) -> Result:
         """Run `work` on a thread. Cancelling the wait does not stop it."""
-        (result,) = await self._wait_for([work])
+        (result,) = await self.run_all([work])
         return result
 
     async def share_out(self, copy: Callable[[Sequence[Run]], object], runs: Sequence[Run]) -> None:
         """Have each thread `copy` its share of `runs`. Cancelling the wait does not stop them."""
-        nbytes = sum(run.nbytes for run in runs)
-        num_shares = max(1, min(self._threads.num_threads, -(-nbytes // SHARE_NBYTES)))
-        await self._wait_for([partial(copy, share) for share in shares_of(runs, num_shares)])
+        num_shares = self.num_shares(sum(run.nbytes for run in runs))
+        await self.run_all([partial(copy, share) for share in shares_of(runs, num_shares)])
 
-    async def _wait_for(self, shares: Sequence[Callable[[], Result]]) -> list[Result]:
-        finished = self._threads.start(shares)
+    def num_shares(self, nbytes: int) -> int:
+        """Return into how many shares to divide work on so many bytes."""
+        return max(1, min(self._threads.num_threads, -(-nbytes // SHARE_NBYTES)))
+
+    async def run_all(self, works: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Run `works` side by side on the threads. Cancelling the wait does not stop them."""
+        finished = self._threads.start(works)
         self._running.add(finished)
         finished.add_done_callback(self._running.discard)
         return await asyncio.shield(finished)

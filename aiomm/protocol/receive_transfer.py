@@ -6,7 +6,7 @@ from collections import deque
 from typing import assert_never
 
 from ..errors import Failure, Reason
-from ..types import Allocation, Extent, TransferId
+from ..types import Allocation, Extent, TransferId, part_of
 from . import frames
 from .commands import (
     Deliver,
@@ -41,7 +41,7 @@ from .events import (
     Written,
 )
 from .states import State
-from .transfer import Commands, ProtocolViolation, Transfer, one_run, part_of
+from .transfer import Commands, ProtocolViolation, Transfer, one_run
 
 __all__ = ["ReceiveTransfer"]
 

@@ -6,7 +6,7 @@ from collections import deque
 from typing import assert_never
 
 from ..errors import Failure
-from ..types import TransferId
+from ..types import TransferId, part_of
 from . import frames
 from .commands import (
     Fail,
@@ -29,7 +29,7 @@ from .events import (
     WriteFinished,
 )
 from .states import State
-from .transfer import Commands, ProtocolViolation, Transfer, check_extents, part_of
+from .transfer import Commands, ProtocolViolation, Transfer, check_extents
 
 __all__ = ["SendTransfer"]
 
@@ -40,16 +40,13 @@ class SendTransfer(Transfer):
     Args:
         transfer: its id.
         now: the time.
-        part_tokens: 0 to write as much at once as can be. With more, a write takes half of that,
-            but at least so many tokens: the receiver verifies one half while the next is written.
     """
 
     id: TransferId
 
-    def __init__(self, transfer: TransferId, now: float, *, part_tokens: int = 0) -> None:
+    def __init__(self, transfer: TransferId, now: float) -> None:
         super().__init__(now)
         self.id = transfer
-        self._part_tokens = part_tokens
         self.available_tokens = 0
         self.metadata = b""
         self._grants: deque[Granted | Resumed] = deque()
@@ -144,9 +141,6 @@ class SendTransfer(Transfer):
         self._writing = sum(extent.num_tokens for extent in extents)
         if not self._writing:
             return []
-        if 0 < self._part_tokens < self._writing:
-            self._writing = max(self._part_tokens, self._writing // 2)
-            extents = part_of(extents, 0, self._writing)
         return [Write(self.id, grant.sequence, self.transferred_tokens, extents)]
 
     def _seal(self) -> Commands:

@@ -72,7 +72,6 @@ class SendEndpoint(Endpoint):
         schema: what the tensors look like; compared with each receiver's.
         hello: the Hello to every receiver.
         max_waiting: bound on transfers that wait for a receiver, and on receivers that wait.
-        part_tokens: see :class:`SendTransfer`.
     """
 
     _feeding: ClassVar[tuple[type[Command], ...]] = (Write,)  # it may be finished at once
@@ -86,10 +85,8 @@ class SendEndpoint(Endpoint):
         timing: Timing | None = None,
         max_peers: int = 1024,
         max_waiting: int = 4096,
-        part_tokens: int = 0,
     ) -> None:
         super().__init__(epoch, timing=timing or Timing(), max_peers=max_peers)
-        self._part_tokens = part_tokens
         self._schema = schema
         self.hello = hello
         """This side's Hello; what changes here is said to peers that come later."""
@@ -306,7 +303,7 @@ class SendEndpoint(Endpoint):
     def _new(self, request_id: str, timeout: float, now: float) -> _Opened:
         self._generation += 1
         transfer_id = TransferId(request_id, self._generation)
-        transfer = SendTransfer(transfer_id, now, part_tokens=self._part_tokens)
+        transfer = SendTransfer(transfer_id, now)
         opened = _Opened(transfer, timeout, now + timeout)
         self._opened[self._generation] = opened
         self._set_deadline(opened.deadline, self._generation)

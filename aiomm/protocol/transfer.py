@@ -15,7 +15,7 @@ from ..types import Extent, TransferId
 from .commands import TransferCommand
 from .states import Edge, State, next_state
 
-__all__ = ["Commands", "ProtocolViolation", "Transfer", "check_extents", "one_run", "part_of"]
+__all__ = ["Commands", "ProtocolViolation", "Transfer", "check_extents", "one_run"]
 
 Commands: TypeAlias = list[TransferCommand]
 
@@ -33,20 +33,6 @@ def one_run(extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
         elif extent.num_tokens:
             merged.append(extent)
     return tuple(merged)
-
-
-def part_of(extents: tuple[Extent, ...], skip: int, count: int) -> tuple[Extent, ...]:
-    """Return the part of `extents` that holds `count` tokens behind the first `skip`."""
-    if not skip and len(extents) == 1 and extents[0].num_tokens <= count:
-        return extents
-    chosen: list[Extent] = []
-    for start, stop in extents:
-        begin, end = start + skip, min(stop, start + skip + count)
-        if begin < end:
-            chosen.append(Extent(begin, end))
-            count -= end - begin
-        skip = max(0, skip - (stop - start))
-    return tuple(chosen)
 
 
 def check_extents(extents: tuple[Extent, ...]) -> None:

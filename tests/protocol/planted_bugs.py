@@ -14,7 +14,7 @@ import pytest
 
 from aiomm.errors import Failure, Reason
 from aiomm.protocol import commands as do
-from aiomm.protocol import endpoint, events, frames, transfer
+from aiomm.protocol import endpoint, events, frames
 from aiomm.protocol.endpoint import Endpoint
 from aiomm.protocol.receive_transfer import ReceiveTransfer
 from aiomm.protocol.receiving import ReceiveEndpoint
@@ -22,7 +22,7 @@ from aiomm.protocol.send_transfer import SendTransfer
 from aiomm.protocol.sending import SendEndpoint
 from aiomm.protocol.session import NEVER, Session
 from aiomm.protocol.states import State
-from aiomm.types import Extent
+from aiomm.types import Extent, part_of
 
 Plant: TypeAlias = Callable[[pytest.MonkeyPatch], None]
 
@@ -261,7 +261,7 @@ def keep_blocks_granted_too_late(patch: pytest.MonkeyPatch) -> None:
 
 def write_past_the_extents(patch: pytest.MonkeyPatch) -> None:
     """The last extent of a write is one token too long."""
-    original = transfer.part_of
+    original = part_of
 
     def first(extents: tuple[Extent, ...], skip: int, count: int) -> tuple[Extent, ...]:
         chosen = original(extents, skip, count)

@@ -26,7 +26,6 @@ class Sending(Process):
         schema: Schema = SCHEMA,
         max_peers: int = 64,
         max_waiting: int = 1000,
-        part_tokens: int = 0,
     ) -> None:
         super().__init__(world, address)
         self.opened: dict[int, SendTransfer] = {}
@@ -44,7 +43,6 @@ class Sending(Process):
             timing=TIMING,
             max_peers=max_peers,
             max_waiting=max_waiting,
-            part_tokens=part_tokens,
         )
 
     def execute(self, command: do.Command) -> None:

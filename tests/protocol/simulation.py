@@ -105,8 +105,7 @@ class Simulation:
 
     def new_sender(self, address: str) -> Sending:
         """Begin a life of a sender."""
-        part_tokens = self.chance.choice([0, 0, 7])  # some write in parts
-        return Sending(self.world, address, part_tokens=part_tokens)
+        return Sending(self.world, address)
 
     def receiver(self) -> Receiving | None:
         """Return a receiver that lives now."""

@@ -51,23 +51,6 @@ class TestSender:
         transfer.offer(b"", 0, 30.0)
         return transfer
 
-    def test_parts_of_a_chunk_that_is_verified(self) -> None:
-        """Half of what is there, and half of the rest, but no part below the least."""
-        transfer = SendTransfer(TRANSFER, 0.0, part_tokens=100)
-        transfer.offer(b"", 0, 30.0)
-        transfer.handle(TokensReady(1000, 1000), 0.0)
-        first, second = Extent(0, 600), Extent(700, 1024)
-        commands = transfer.handle(events.Granted(0, 0, (first, second)), 0.0)
-        parts: list[tuple[Extent, ...]] = []
-        while commands and isinstance(commands[-1], do.Write):
-            parts.append(commands[-1].extents)
-            commands = transfer.handle(WriteFinished(), 0.0)
-        lengths = [sum(extent.num_tokens for extent in part) for part in parts]
-        assert lengths == [462, 231, 115, 100, 16]
-        assert parts[1] == (Extent(462, 600), Extent(700, 793))
-        assert transfer.state is AWAITING_RESUME
-        assert transfer.chunks == [924]
-
     def test_2000_tokens_over_the_default(self) -> None:
         """1024 tokens, a resume, 976 tokens: the states of the design, word for word."""
         transfer = SendTransfer(TRANSFER, 0.0)
