@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -150,3 +152,19 @@ async def test_a_peer_that_has_closed() -> None:
         assert claimed.state is State.FAILED
         with pytest.raises(Rejected, match="the ticket is void: its receiver is gone"):
             await sender.send(ticket, tensors_of(1))
+
+
+@pytest.mark.both_loops
+async def test_closing_waits_for_no_thread_of_the_loops() -> None:
+    """All of them may be at work for somebody who waits for this very end."""
+    closed = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.get_running_loop().set_default_executor(executor)
+        async with pair() as (receiver, sender):
+            await sender.send(receiver.expect("finished"), tensors_of(10))
+            waiting = asyncio.create_task(asyncio.to_thread(closed.wait, 10))
+            await asyncio.gather(sender.aclose(), receiver.aclose())
+            assert not waiting.done()
+            closed.set()
+        assert await waiting
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from functools import partial
 from typing import TypeAlias
 
 from ..buffers.arena import Arena, HostArena
@@ -18,6 +17,7 @@ from ..buffers.spare import SpareMemory
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from ..planes.base import Plane
+from ..planes.copying import Copies
 from ..types import Extent
 
 __all__ = ["Joined", "Memory"]
@@ -49,19 +49,22 @@ class Memory:
         self._name = name
         self._pin: Pin | None = None
         self._spare = SpareMemory(max_spare_nbytes)
+        self._is_closed = False
 
-    async def open(self, executor: Executor, planes: Sequence[Plane]) -> None:
+    async def open(self, copies: Copies, planes: Sequence[Plane]) -> None:
         """Make it, faulted in.
 
         Raises:
             PlaneUnavailable: there is no such device, or not so much memory.
             ImportError: there is no library for the tensors.
         """
-        await asyncio.get_running_loop().run_in_executor(executor, self._make, planes)
+        await copies.run(partial(self._make, planes))
 
-    async def aclose(self) -> None:
+    async def aclose(self, copies: Copies) -> None:
         """Give it back, as far as no lease holds it. No copy may run. Idempotent."""
-        await asyncio.get_running_loop().run_in_executor(None, self._give_back)
+        if not self._is_closed:
+            self._is_closed = True
+            await copies.run(self._give_back)
 
     def joined(self, num_tokens: int | None) -> Joined:
         """Return memory for so many tokens outside the pool, or for as many as come."""

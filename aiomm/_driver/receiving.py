@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,7 +23,7 @@ from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, er
 from ..gpu.lanes import Mark, finished
 from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Plane
-from ..planes.copying import LoopTime
+from ..planes.copying import Copies, CopyThreads, LoopTime
 from ..protocol.commands import (
     Command,
     CompareProbe,
@@ -153,7 +152,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
         self._making_room: asyncio.Task[None] | None = None
         self._loop_time = LoopTime()
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="aiomm-join")
+        self._copies = Copies(CopyThreads("join"))
         self._checksums = Checksums()
         self._freed = asyncio.Event()
 
@@ -165,7 +164,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             stream = self.stream.address or ""
             self.endpoint.hello = msgspec.structs.replace(self.endpoint.hello, stream=stream)
         memory = self.memory
-        await memory.open(self._copier, self.planes)
+        await memory.open(self._copies, self.planes)
         strict = self.settings.strict
         await self._exports.open(memory.arena, memory.staging, self.planes, strict=strict)
 
@@ -173,8 +172,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         """Close the exports and the arena. Leases that are still held stay readable."""
         await self._exports.aclose()
         await self._checksums.aclose()
-        await self.loop.run_in_executor(None, self._copier.shutdown)
-        await self.memory.aclose()
+        await self._copies.drain()
+        await self.memory.aclose(self._copies)
+        await self._copies.aclose()
 
     def abandon(self, failure: Failure) -> None:
         """Fail every request that is not done, and take no new one."""
@@ -393,11 +393,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     async def _move_untaken(self, delivery: Delivery) -> None:
         number = delivery.transfer.number
         joined = self.memory.joined(delivery.extent.num_tokens)
-        copying = self.loop.run_in_executor(
-            self._copier, joined.append, self.layout, self.memory.arena, [delivery.extent]
-        )
+        move = partial(joined.append, self.layout, self.memory.arena, [delivery.extent])
         try:
-            await copying
+            await self._copies.run(move)
         except (Rejected, PlaneUnavailable) as exc:  # it stays, until blocks are short again
             logger.warning("! request %d stays in the pool: %s", number, exc)
             self._count_buffered(number, 0)
@@ -462,7 +460,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         if is_there or not self.endpoint.is_live(number):
             return
         upload = partial(self.memory.upload, source, extents)
-        uploading = self.loop.run_in_executor(self._copier, upload)
+        uploading = self._copies.start([upload])
         self._exports.puts(number, uploading)
         await asyncio.shield(uploading)  # it is over when its thread says so
 
@@ -496,9 +494,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         done: Callable[[int, float], None],
     ) -> None:
         try:
-            await self.loop.run_in_executor(
-                self._copier, joined.append, self.layout, self.memory.arena, extents
-            )
+            await self._copies.run(partial(joined.append, self.layout, self.memory.arena, extents))
         except Exception as exc:  # whatever it is fails this request and no other
             self._cannot_buffer(number, str(exc), done)
         else:

@@ -226,10 +226,14 @@ class Copies:
 
     async def run_all(self, works: Sequence[Callable[[], Result]]) -> list[Result]:
         """Run `works` side by side on the threads. Cancelling the wait does not stop them."""
+        return await asyncio.shield(self.start(works))
+
+    def start(self, works: Sequence[Callable[[], Result]]) -> asyncio.Future[list[Result]]:
+        """Do the same, and return what is over when they are. Do not cancel it."""
         finished = self._threads.start(works)
         self._running.add(finished)
         finished.add_done_callback(self._running.discard)
-        return await asyncio.shield(finished)
+        return finished
 
     async def drain(self) -> None:
         """Return once no copy runs."""
