@@ -12,6 +12,7 @@ from collections.abc import (
     Generator,
     Iterator,
     Mapping,
+    Sequence,
 )
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from aiomm import AiommError, Field, Receiver, Schema, Sender, State, Transfer
+from aiomm.control.base import Channel, Peer
 from aiomm.planes.memory import Faults, MemoryPlane
 
 __all__ = [
@@ -227,23 +229,23 @@ def after_packets(
     seen = 0
 
     def counting(receive: Callable[..., None]) -> Callable[..., None]:
-        def received(*arguments: Any) -> None:
+        def received(channel: Channel, peer: Peer, packets: Sequence[bytes]) -> None:
             nonlocal seen
-            receive(*arguments)
-            seen += 1
-            if seen == count:
+            receive(channel, peer, packets)
+            before, seen = seen, seen + len(packets)
+            if before < count <= seen:
                 then()
 
         return received
 
     drivers = [endpoint._driver for endpoint in endpoints]
     for driver in drivers:
-        vars(driver)["packet_received"] = counting(driver.packet_received)
+        vars(driver)["packets_received"] = counting(driver.packets_received)
     try:
         yield
     finally:
         for driver in drivers:
-            del vars(driver)["packet_received"]
+            del vars(driver)["packets_received"]
 
 
 async def until(condition: Callable[[], object], owner: object, method: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,39 @@ async def test_one_sender_s_malformed_metadata_does_not_end_the_iteration(
         with await anext(arrivals) as lease:
             assert lease.request_id == "good"
         assert receiver.metrics()["blocks_free"] == 64
+
+
+async def test_a_bug_with_a_packet_costs_none_of_those_it_came_with(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before and behind all good packets comes one that raises what nobody expects."""
+    async with (
+        aiomm.Receiver(SCHEMA, bind="tcp://127.0.0.1:*") as receiver,
+        aiomm.Sender(SCHEMA) as sender,
+    ):
+        for endpoint in (receiver, sender):
+            take_packet = endpoint._driver.endpoint.packet_received
+            take_packets = endpoint._driver.packets_received
+
+            def packet_received(
+                path: Any, packet: bytes, now: float, take: Any = take_packet
+            ) -> None:
+                if packet == b"bug":
+                    raise LookupError(packet)
+                take(path, packet, now)
+
+            def packets_received(
+                channel: Any, peer: Any, packets: Sequence[bytes], take: Any = take_packets
+            ) -> None:
+                take(channel, peer, [b"bug", *packets, b"bug"])
+
+            monkeypatch.setattr(endpoint._driver.endpoint, "packet_received", packet_received)
+            monkeypatch.setattr(endpoint._driver, "packets_received", packets_received)
+        for number in range(3):
+            await sender.send(receiver.expect(f"r{number}"), tensors(1))
+            with await receiver.receive(f"r{number}") as lease:
+                assert lease.num_tokens == 1
+    assert "could not take a packet" in caplog.text
 
 
 async def test_a_closing_receiver_takes_no_new_transfer() -> None:

@@ -71,7 +71,7 @@ async def test_results_stay_in_the_pool_while_nobody_waits() -> None:
             await sender.claim(receiver.expect(name), num_tokens=64).send(tensors_of(64))
         waiting = sender.claim(receiver.expect("c"), num_tokens=64).send(tensors_of(64, seed=3))
         driver = receiver._driver
-        await until(lambda: driver.queue.num_waiting, driver, "packet_received")
+        await until(lambda: driver.queue.num_waiting, driver, "packets_received")
         assert receiver.metrics()["bytes_buffered"] == 0
         assert receiver.metrics()["blocks_filled"] == 8
         async with receiver.receive("c") as lease:

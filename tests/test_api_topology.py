@@ -127,7 +127,7 @@ async def test_the_receiver_asks_a_sender_that_listens(first: str) -> None:
         receiving = asyncio.ensure_future(wait_for(receiver, "r", source=sender.address))
         if first == "receiver":
             driver = sender._driver
-            await until(lambda: driver.endpoint._wanted, driver, "packet_received")
+            await until(lambda: driver.endpoint._wanted, driver, "packets_received")
         sending = asyncio.ensure_future(sender.send("r", tensors_of(70)))
         with await receiving as lease:
             assert same(dict(lease), tensors_of(70))

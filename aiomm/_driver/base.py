@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -211,15 +211,18 @@ class Driver(Generic[_Endpoint]):
     now = staticmethod(time.monotonic)
     """Return the time. Not the loop's: uvloop's stands still within a turn, in whole ms."""
 
-    def packet_received(self, channel: Channel, peer: Peer, packet: bytes) -> None:
-        """Take a packet from a channel."""
-        path = self._path(channel, peer)
-        try:
-            self.endpoint.packet_received(path, packet, self.now())
-        except AiommError as exc:
-            if path not in self._complained:
-                self._complained.add(path)
-                logger.warning("! %s refuses %s: %s", self.name, peer, exc)
+    def packets_received(self, channel: Channel, peer: Peer, packets: Sequence[bytes]) -> None:
+        """Take packets from a channel; what all of them lead to is done behind the last."""
+        path, now = self._path(channel, peer), self.now()
+        for packet in packets:
+            try:
+                self.endpoint.packet_received(path, packet, now)
+            except AiommError as exc:
+                if path not in self._complained:
+                    self._complained.add(path)
+                    logger.warning("! %s refuses %s: %s", self.name, peer, exc)
+            except Exception:  # a bug with one packet must not cost the others
+                logger.exception("! %s could not take a packet from %s", self.name, peer)
         if path not in self._lives:
             self._remember_life(path)
         self.pump()

@@ -8,7 +8,7 @@ is by callback, so no cancellation can lose a packet.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import ClassVar, Protocol, TypeAlias
 
 __all__ = ["MAX_PACKET_NBYTES", "Channel", "Handler", "Peer", "check_packet"]
@@ -21,14 +21,17 @@ Peer: TypeAlias = Hashable
 
 
 class Handler(Protocol):
-    """What a channel calls. An exception in a call costs that packet, never the channel.
+    """What a channel calls. An exception in a call costs what it brought, never the channel.
 
     A handler knows the peers that `connect` returned and those that a packet came from; it
     hears of no others.
     """
 
-    def packet_received(self, channel: Channel, peer: Peer, packet: bytes) -> None:
-        """Take one whole packet, 1 to :data:`MAX_PACKET_NBYTES` bytes long."""
+    def packets_received(self, channel: Channel, peer: Peer, packets: Sequence[bytes]) -> None:
+        """Take whole packets, at least one, that have come together, in their order.
+
+        Each is 1 to :data:`MAX_PACKET_NBYTES` bytes long.
+        """
 
     def peer_lost(self, channel: Channel, peer: Peer, cause: str) -> None:
         """Learn that packets to `peer` go nowhere any more. Called at most once per peer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from aiomm.control.base import Channel, Handler, Peer
 
@@ -18,10 +19,10 @@ class Delivery:
         self._channel = channel
         self._handler = handler
 
-    def packet(self, peer: Peer, packet: bytes) -> None:
-        """Deliver one whole packet."""
+    def packets(self, peer: Peer, packets: Sequence[bytes]) -> None:
+        """Deliver whole packets."""
         try:
-            self._handler.packet_received(self._channel, peer, packet)
+            self._handler.packets_received(self._channel, peer, packets)
         except Exception:
             self._log(peer)
 
@@ -39,7 +40,7 @@ class Delivery:
         except Exception:
             self._log(peer)
 
-    # Every exception ends here: whatever a handler does wrong with one packet, the next packet
-    # and the other peers must still be served.
+    # Every exception ends here: whatever a handler does wrong with one call, the next packets and
+    # the other peers must still be served.
     def _log(self, peer: Peer) -> None:
         _logger.exception("! handler failed on %s; it goes on with the next call", peer)

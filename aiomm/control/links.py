@@ -305,7 +305,7 @@ class DealerLink(Link):
     def message_received(self, frames: list[bytes]) -> None:
         """Deliver a packet; ignore probes and what is not one frame."""
         if len(frames) == 1 and frames[0] and self.peer.is_alive:
-            self._delivery.packet(self.peer, frames[0])
+            self._delivery.packets(self.peer, frames)
 
     def emptied(self) -> None:
         """Report the loss once. ZeroMQ would connect again, to whoever listens there by then."""
@@ -393,7 +393,7 @@ class RouterLink(Link):
         identity, packet = frames
         peer = self._peers.get(identity) or self._welcome(identity)
         if peer is not None and peer.is_alive:
-            self._delivery.packet(peer, packet)
+            self._delivery.packets(peer, [packet])
 
     def emptied(self) -> None:
         """Report the peers that are gone."""

@@ -12,6 +12,7 @@ import fcntl
 import socket
 import struct
 import termios
+from collections.abc import Sequence
 from typing import Protocol
 
 from aiomm.control.base import MAX_PACKET_NBYTES
@@ -27,8 +28,8 @@ _INT = struct.Struct("i")
 class StreamIntake(Protocol):
     """What a stream calls. None of these may raise."""
 
-    def packet_received(self, packet: bytes) -> None:
-        """Take one whole packet."""
+    def packets_received(self, packets: Sequence[bytes]) -> None:
+        """Take whole packets, at least one."""
 
     def stream_ended(self, cause: str) -> None:
         """Learn, once, that the stream ended other than by `close`."""
@@ -112,21 +113,27 @@ class PacketStream:
 
     def _deliver(self) -> None:
         """Hand over the whole packets of the buffer, and move the rest to its front."""
-        start = 0
+        packets = []
+        start, cause = 0, ""
         while self._filled - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer, start)
             if length > MAX_PACKET_NBYTES:
-                self._end(f"it announced a packet of {length} bytes")
-                return
+                cause = f"it announced a packet of {length} bytes"
+                break
             end = start + _LENGTH.size + length
             if end > self._filled:
                 break
             if length:
-                self._intake.packet_received(bytes(self._buffer[start + _LENGTH.size : end]))
-            if self._closed:  # by what the packet led to
-                return
+                packets.append(bytes(self._buffer[start + _LENGTH.size : end]))
             start = end
-        self._keep_rest(start)
+        if packets:
+            self._intake.packets_received(packets)
+        if self._closed:  # by what the packets led to
+            return
+        if cause:
+            self._end(cause)
+        else:
+            self._keep_rest(start)
 
     def _keep_rest(self, start: int) -> None:
         if start:

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 from typing import ClassVar
 
 from aiomm.control.base import Channel, Handler, Peer, check_packet
@@ -95,10 +96,10 @@ class UnixPeer:
             self._watch.close()
             self._watch = None
 
-    def packet_received(self, packet: bytes) -> None:
-        """Deliver one packet."""
+    def packets_received(self, packets: Sequence[bytes]) -> None:
+        """Deliver packets."""
         self._is_known = True
-        self._delivery.packet(self, packet)
+        self._delivery.packets(self, packets)
 
     def stream_ended(self, cause: str) -> None:
         """Report the loss once, to a handler that knows this peer."""

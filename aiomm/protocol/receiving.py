@@ -445,15 +445,19 @@ class ReceiveEndpoint(Endpoint):
 
     def _objection(self, session: Session, offer: frames.Offer) -> Failure | None:
         """Say why this transfer cannot be received, whatever request it is for."""
-        hello = session.peer_hello
-        try:
-            difference = self._schema.difference(hello.schema)
-        except IncompatibleSchema as exc:
-            difference = exc.message
+        difference = self._difference(session)
         if difference:
-            message = f"sender {hello.name!r} has another schema: {difference}"
+            message = f"sender {session.peer_hello.name!r} has another schema: {difference}"
             return Failure(Reason.SCHEMA, message)
         return self._too_long(offer.total or 0)
+
+    def _difference(self, session: Session) -> str:
+        if session.difference is None:
+            try:
+                session.difference = self._schema.difference(session.peer_hello.schema)
+            except IncompatibleSchema as exc:
+                session.difference = exc.message
+        return session.difference
 
     def _match(self, session: Session, offer: frames.Offer) -> _Request | None:
         """Return the request that this claim is for; None if it comes unasked.

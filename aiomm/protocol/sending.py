@@ -359,10 +359,12 @@ class SendEndpoint(Endpoint):
         return None
 
     def _difference(self, session: Session) -> str:
-        try:
-            return session.peer_hello.schema.difference(self._schema)
-        except IncompatibleSchema as exc:
-            return exc.message
+        if session.difference is None:
+            try:
+                session.difference = session.peer_hello.schema.difference(self._schema)
+            except IncompatibleSchema as exc:
+                session.difference = exc.message
+        return session.difference
 
     def _frame_event(
         self,

@@ -106,6 +106,8 @@ class Session:
         self.peer_epoch = peer_epoch
         self.hello = hello
         self.peer_hello = peer_hello
+        self.difference: str | None = None
+        """How the peer's schema differs from this side's; None before they were compared."""
         self.paths = [path]
         """Ways to reach the peer, the preferred one first; empty while it cannot be reached."""
         self.is_lost = False

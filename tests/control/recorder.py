@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from aiomm.control.base import Channel, Peer
 
@@ -22,12 +22,13 @@ class Recorder:
         self._on_packet = on_packet
         self._changed = asyncio.Event()
 
-    def packet_received(self, channel: Channel, peer: Peer, packet: bytes) -> None:
-        self.packets.append(packet)
-        self.senders.append(peer)
+    def packets_received(self, channel: Channel, peer: Peer, packets: Sequence[bytes]) -> None:
+        self.packets += packets
+        self.senders += [peer] * len(packets)
         self._changed.set()
-        if self._on_packet is not None:
-            self._on_packet(channel, peer, packet)
+        for packet in packets:
+            if self._on_packet is not None:
+                self._on_packet(channel, peer, packet)
 
     def peer_lost(self, channel: Channel, peer: Peer, cause: str) -> None:
         self.lost.append(peer)
