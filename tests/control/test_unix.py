@@ -9,14 +9,14 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from aiomm.control.base import MAX_PACKET_NBYTES
+from aiomm.control.base import MAX_PACKET_NBYTES, Channel, Peer
 from aiomm.control.unix import UnixChannel
 from tests.control.contract import ChannelContract, address_of, child, round_trips
 from tests.control.recorder import DEADLINE, Recorder, echo
@@ -80,6 +80,26 @@ async def test_packets_cut_and_joined_come_out_whole(piece: int) -> None:
             await loop.sock_sendall(stream, octets[start : start + piece])
         await told.until_packets(len(packets))
     assert told.packets == packets
+    await channel.aclose()
+
+
+@pytest.mark.both_loops
+async def test_a_flood_is_taken_turn_by_turn() -> None:
+    """However much has come, a turn of the loop takes what it can do in a few milliseconds."""
+    turns: list[int] = []
+
+    class Counting(Recorder):
+        def packets_received(self, channel: Channel, peer: Peer, packets: Sequence[bytes]) -> None:
+            turns.append(sum(len(framed(packet)) for packet in packets))
+            super().packets_received(channel, peer, packets)
+
+    told = Counting()
+    channel = await listening(told)
+    with raw_stream(address_of(channel)) as stream:
+        stream.sendall(b"".join(framed(b"%04d" % number) * 10 for number in range(300)))
+        await told.until_packets(3000)
+    assert told.packets == [b"%04d" % number for number in range(300) for _ in range(10)]
+    assert 4000 < max(turns) <= 4096 + 8
     await channel.aclose()
 
 
