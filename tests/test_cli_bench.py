@@ -314,11 +314,21 @@ class TestPlan:
     )
     def test_only_the_busy_step_spins(self, busy: Busy, processes: set[Process]) -> None:
         plan = Plan(sizes=(64,), rounds=1, warm_up_rounds=0, arrivals=("back to back",), busy=busy)
-        *quiet, last = plan.steps()
-        assert [step.is_transfer for step in quiet] == [False, False, False, True]
+        *quiet, rehearsal, last = plan.steps()
+        assert [step.is_transfer for step in quiet] == [False, False, False, True, True]
         both: tuple[Process, ...] = ("encoder", "language")
-        assert {process for process in both if plan.spins(process, last)} == processes
+        for step in (rehearsal, last):
+            assert {process for process in both if plan.spins(process, step)} == processes
         assert not any(plan.spins(process, step) for process in both for step in quiet)
+
+    def test_beside_a_busy_thread_every_transfer_is_rehearsed(self) -> None:
+        """A long one is copied in another way when the one before it was held up."""
+        plan = Plan(sizes=(64,), rounds=3, arrivals=("back to back",), busy="encoder")
+        transfers = [step for step in plan.steps() if step.is_transfer]
+        rehearsals, counted = transfers[::2], transfers[1::2]
+        assert [step.path for step in rehearsals] == [step.path for step in counted]
+        assert all(map(plan.is_warm_up, rehearsals))
+        assert {step.turn for step in counted if not plan.is_warm_up(step)} == {2, 3, 4}
 
     def test_one_pool_holds_all_that_is_in_flight(self) -> None:
         plan = Plan(sizes=(192, 2**26), concurrency=5)

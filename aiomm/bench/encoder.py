@@ -84,7 +84,7 @@ class Encoder:
         await _granted(transfer)
         await self._pause(step)
         at, plane = await self._send(step, transfer)
-        if step.is_busy:
+        if step.is_busy and not step.is_rehearsal:
             acknowledged(self._link, STILL)  # what comes next is measured beside nobody
         return Left(step.number, at, plane)
 

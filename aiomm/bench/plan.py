@@ -69,7 +69,8 @@ class Step(NamedTuple):
     pause: float
     """Seconds after the start of the step before; 0 means at once."""
     is_rehearsal: bool = False
-    """First of a round and never counted: both processes have just told what they measured."""
+    """Never counted. First of a round, where both processes have just told what they measured; or
+    in front of a transfer that a busy thread changes: the sender learns of it by one."""
 
     @property
     def is_transfer(self) -> bool:
@@ -201,6 +202,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
                     yield Step(number, turn, arrival, self.sizes[0], MEMCPY_ACK, 0.0, True)
                     number += 1
                 for nbytes, path in pairs:
+                    if self.busy and path in (AIOMM, AIOMM_BUSY):
+                        yield Step(number, turn, arrival, nbytes, path, 0.0, True)
+                        number += 1
                     pause = chance.uniform(*SPARSE_SECONDS) if arrival == "sparse" else 0.0
                     yield Step(number, turn, arrival, nbytes, path, pause)
                     number += 1

@@ -105,7 +105,7 @@ class RemoteArena(ABC):
     """Sender's side: a receiver's arena, reached over one plane."""
 
     def write_at_once(self, grant: GrantKey, runs: Sequence[Run]) -> bool:
-        """Do what :meth:`write` does, now, if that takes less than a millisecond.
+        """Do what :meth:`write` does, now, if that takes a millisecond or two at most.
 
         It is asked first, for every write. False, the default, if nothing was done, or not all
         of it; an error means the same.

@@ -30,8 +30,10 @@ __all__ = [
 Result = TypeVar("Result")
 
 TURN_SECONDS = 1e-3
-"""How long short work may hold the loop in one turn, but for two pieces of it."""
+"""After so long in one turn of the loop no more short work begins: a piece, or a short write."""
 PIECE_NBYTES = 1 << 20
+LATE_SECONDS = 2.5e-3
+"""Half of the time for which a busy thread may keep the GIL."""
 SHARE_NBYTES = 4 << 20
 """At least so much of a long copy is for each of the threads that share it."""
 
@@ -61,6 +63,9 @@ def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
 
 def pieces_of(run: Run, max_nbytes: int) -> Iterator[Run]:
     """Cut `run` into runs of at most `max_nbytes`, or one row."""
+    if run.count and run.nbytes <= max_nbytes:
+        yield run
+        return
     step = max(1, max_nbytes // run.rows.row_nbytes)
     for done in range(0, run.count, step):
         yield part_of(run, done, min(step, run.count - done))
@@ -144,6 +149,10 @@ class CopyThreads:
     def __init__(self, name: str, max_threads: int = 1) -> None:
         self._name = name
         self.num_threads = min(max_threads, _num_processors())
+        self.are_late = False
+        """Whether works began late when the threads had nothing to do: others keep the GIL, or
+        the processors. To hand a copy over, and to be told of its end, may take longer than it."""
+        self._unfinished = 0
         self._holders = 0
         self._executor: ThreadPoolExecutor | None = None
 
@@ -169,12 +178,18 @@ class CopyThreads:
             self._executor = self._make_executor()
         if not works:
             finished.set_result([])
+            return finished
         results: list[Any] = [None] * len(works)
         errors: list[BaseException] = []
         running = set(range(len(works)))
         lock = threading.Lock()
+        submitted = time.monotonic()
+        waits: list[float] = []
+        were_idle = not self._unfinished
+        self._unfinished += 1
 
         def run(number: int) -> None:
+            waits.append(time.monotonic() - submitted)
             try:
                 results[number] = works[number]()
             except BaseException as exc:
@@ -183,6 +198,9 @@ class CopyThreads:
                 running.remove(number)
                 if running:
                     return
+            self._unfinished -= 1
+            if were_idle:
+                self.are_late = max(waits) > LATE_SECONDS
             try:
                 loop.call_soon_threadsafe(_finish, finished, results, errors)
             except RuntimeError:
@@ -219,6 +237,16 @@ class Copies:
         """Have each thread `copy` its share of `runs`. Cancelling the wait does not stop them."""
         num_shares = self.num_shares(sum(run.nbytes for run in runs))
         await self.run_all([partial(copy, share) for share in shares_of(runs, num_shares)])
+
+    @property
+    def are_late(self) -> bool:
+        """Whether it takes threads long to begin; see :attr:`CopyThreads.are_late`."""
+        return self._threads.are_late
+
+    def look_again(self) -> None:
+        """Find out whether threads begin in time again, without anything to do for them."""
+        if not self._is_closed:
+            self.start([lambda: None])
 
     def num_shares(self, nbytes: int) -> int:
         """Return into how many shares to divide work on so many bytes."""

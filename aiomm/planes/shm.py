@@ -25,16 +25,14 @@ from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import Copies, CopyThreads, LoopCopies, check_runs
+from .copying import PIECE_NBYTES, Copies, CopyThreads, LoopCopies, check_runs, pieces_of
 from .handover import Desk, Invitation, redeem
 
 __all__ = ["ShmPlane"]
 
-AT_ONCE_NBYTES = 1 << 20
-"""Up to here a write is copied in the call that asks for it."""
 ON_LOOP_NBYTES = 8 << 20
-"""Up to here it is copied on the loop's thread, in pieces: it is done before another thread has
-been woken, and this one again."""
+"""Up to here a write is copied on the loop's thread, in the call that asks for it if there is
+time: it is done before another thread has been woken, and this one again."""
 ACCEPTED = b"\x01"
 
 
@@ -144,12 +142,13 @@ class _ShmArena(RemoteArena):
         asyncio.get_running_loop().add_reader(connection.fileno(), self._hear)
 
     def write_at_once(self, grant: GrantKey, runs: Sequence[Run]) -> bool:
-        if self.ended.is_set() or self._nbytes_on_loop(runs) > AT_ONCE_NBYTES:
+        if self.ended.is_set() or self._nbytes_on_loop(runs) > ON_LOOP_NBYTES:
             return False
         if not self._loop_copies.time.is_left():
             return False
         for run in runs:
-            self._copy(run)
+            for piece in pieces_of(run, PIECE_NBYTES):
+                self._copy(piece)
         return True
 
     async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
@@ -160,6 +159,9 @@ class _ShmArena(RemoteArena):
             await self._loop_copies.run(self._copy, runs)
         elif nbytes == math.inf:
             await self._copies.run(partial(self._copy_all, runs))
+        elif self._copies.are_late:
+            await self._loop_copies.run(self._copy, runs)
+            self._copies.look_again()
         else:
             await self._copies.share_out(self._copy_all, runs)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from itertools import chain, combinations
+from unittest.mock import Mock
 
 import pytest
 
@@ -118,6 +119,43 @@ async def test_a_share_that_fails_is_told_when_the_others_have_ended() -> None:
     with pytest.raises(ZeroDivisionError):
         await copies.share_out(copy, [run_of(8, 1 << 20)])
     assert ended == [4]
+    await copies.aclose()
+
+
+@pytest.mark.both_loops
+async def test_works_that_begin_late_are_noticed_and_those_in_time_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copies, seen = Copies(CopyThreads("test")), []
+    for late_seconds in (-1.0, 20.0, -1.0, 20.0):
+        monkeypatch.setattr(copying, "LATE_SECONDS", late_seconds)
+        copies.look_again()
+        await copies.drain()
+        seen.append(copies.are_late)
+    assert seen == [True, False, True, False]
+    await copies.aclose()
+    copies.look_again()  # and no thread starts
+
+
+@pytest.mark.both_loops
+async def test_works_that_wait_for_others_are_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have waited for long, but for copies of ours."""
+    copies = Copies(CopyThreads("test"))
+    clock = Mock(monotonic=Mock(return_value=0.0))
+    monkeypatch.setattr(copying, "time", clock)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work() -> bool:
+        begun.set()
+        return go_on.wait(10)
+
+    first, second = copies.start([work]), copies.start([lambda: True])
+    assert begun.wait(10)
+    clock.monotonic.return_value = 100.0
+    go_on.set()
+    assert await second == [True]
+    assert first.done()
+    assert not copies.are_late
     await copies.aclose()
 
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 from multiprocessing.connection import Connection
 from multiprocessing.resource_tracker import ensure_running
 
@@ -17,7 +18,7 @@ from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.shm import MemfdArena
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes import copying, handover, shm
-from aiomm.planes.base import Plane
+from aiomm.planes.base import Plane, Run
 from aiomm.planes.shm import ShmPlane
 
 from .contract import (
@@ -127,6 +128,38 @@ class TestShmPlane(PlaneContract):
         assert link.content() == expected_content(16 << 20, *parts)
         await link.aclose()
 
+    async def test_a_long_write_does_not_wait_for_threads_that_are_late(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Beside a busy thread it is copied on the loop's, until the others are in time again."""
+        link = await self.open_link(16 << 20)
+        assert isinstance(link.remote, shm._ShmArena)
+        copiers: set[str] = set()
+        copy = link.remote._copy
+
+        def noted(run: Run) -> None:
+            copiers.add(threading.current_thread().name.partition("_")[0])
+            copy(run)
+
+        monkeypatch.setattr(link.remote, "_copy", noted)
+        monkeypatch.setattr(copying, "LATE_SECONDS", 20.0)
+        link.remote._copies.look_again()  # the attachment itself may have met a busy machine
+        await link.remote._copies.drain()
+        for late_seconds, copier in (
+            (-1.0, "aiomm-shm"),
+            (-1.0, "MainThread"),
+            (20.0, "MainThread"),
+            (20.0, "aiomm-shm"),
+        ):
+            monkeypatch.setattr(copying, "LATE_SECONDS", late_seconds)
+            rows = random_rows(16, 1 << 20)
+            await link.write([whole(rows, 0)])
+            assert link.content() == bytes_of(rows)
+            await link.remote._copies.drain()
+            assert copiers == {copier}
+            copiers.clear()
+        await link.aclose()
+
     async def test_without_a_thread_nothing_long_can_be_copied(self) -> None:
         with pytest.raises(ValueError, match="copy_threads=0"):
             ShmPlane(copy_threads=0)
@@ -141,8 +174,8 @@ class TestShmPlane(PlaneContract):
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Too long, no time left in this turn, or nothing to write into."""
-        link = await self.open_link(4 << 20)
-        long, short = whole(random_rows(2, 1 << 20), 0), whole(random_rows(2, 16), 0)
+        link = await self.open_link(16 << 20)
+        long, short = whole(random_rows(9, 1 << 20), 0), whole(random_rows(2, 16), 0)
         assert not link.remote.write_at_once(GRANT, [long])
         await asyncio.sleep(0)
         monkeypatch.setattr(copying, "TURN_SECONDS", -1.0)
