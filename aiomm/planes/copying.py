@@ -152,7 +152,8 @@ class CopyThreads:
         self.are_late = False
         """Whether works began late when the threads had nothing to do: others keep the GIL, or
         the processors. To hand a copy over, and to be told of its end, may take longer than it."""
-        self._unfinished = 0
+        self._num_unfinished = 0
+        self._lock = threading.Lock()
         self._holders = 0
         self._executor: ThreadPoolExecutor | None = None
 
@@ -171,36 +172,40 @@ class CopyThreads:
         """Run `works` side by side; the future tells of the end of all, in one hand-back.
 
         If any of them fails, so does the future, but not before the others have ended.
+
+        Raises:
+            PlaneUnavailable: nobody holds the threads any more.
         """
+        if not self._holders:
+            raise PlaneUnavailable(f"the threads of {self._name} have ended")
         loop = asyncio.get_running_loop()
         finished: asyncio.Future[list[Result]] = loop.create_future()
-        if self._executor is None:
-            self._executor = self._make_executor()
         if not works:
             finished.set_result([])
             return finished
+        if self._executor is None:
+            self._executor = self._make_executor()
         results: list[Any] = [None] * len(works)
         errors: list[BaseException] = []
         running = set(range(len(works)))
-        lock = threading.Lock()
-        submitted = time.monotonic()
-        waits: list[float] = []
-        were_idle = not self._unfinished
-        self._unfinished += 1
+        with self._lock:
+            were_idle = not self._num_unfinished
+            self._num_unfinished += 1
+        submitted, begun = time.monotonic(), [0.0] * len(works)
 
         def run(number: int) -> None:
-            waits.append(time.monotonic() - submitted)
+            begun[number] = time.monotonic()
             try:
                 results[number] = works[number]()
             except BaseException as exc:
                 errors.append(exc)
-            with lock:
+            with self._lock:
                 running.remove(number)
                 if running:
                     return
-            self._unfinished -= 1
-            if were_idle:
-                self.are_late = max(waits) > LATE_SECONDS
+                self._num_unfinished -= 1
+                if were_idle:
+                    self.are_late = max(begun) - submitted > LATE_SECONDS
             try:
                 loop.call_soon_threadsafe(_finish, finished, results, errors)
             except RuntimeError:

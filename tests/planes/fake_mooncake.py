@@ -21,7 +21,8 @@ class FakeRead:
     target: int
     source: int
     nbytes: int
-    is_allowed: bool
+    engine: FakeEngine | None
+    """Whose memory is read; None: it fails."""
 
 
 class FakeNetwork:
@@ -100,16 +101,20 @@ class FakeEngine:
         outcome = self.network.outcomes.popleft() if self.network.outcomes else DONE
         if engine is None or outcome == PENDING:
             return 0
-        is_allowed = outcome != FAILED and any(
-            start <= source and source + nbytes <= start + length
-            for start, length in engine.registered.items()
-        )
         batch = next(self.batches)
-        self.running[batch] = FakeRead(target, source, nbytes, is_allowed)
+        read = FakeRead(target, source, nbytes, engine if outcome != FAILED else None)
+        self.running[batch] = read
         self.network.most_running = max(self.network.most_running, len(self.running))
         if outcome > DONE:
             self.network.stuck.add(batch)
         return batch
+
+    def has_registered(self, address: int, nbytes: int) -> bool:
+        """Whether others may read there."""
+        return any(
+            start <= address and address + nbytes <= start + length
+            for start, length in list(self.registered.items())
+        )
 
     def transfer_check_status(self, batch: int) -> int:
         """Copy when it is asked for."""
@@ -117,7 +122,7 @@ class FakeEngine:
         if batch in self.network.stuck:
             return PENDING
         del self.running[batch]
-        if not read.is_allowed:
-            return FAILED
+        if read.engine is None or not read.engine.has_registered(read.source, read.nbytes):
+            return FAILED  # perhaps it was, when the read began
         ctypes.memmove(read.target, read.source, read.nbytes)
         return DONE

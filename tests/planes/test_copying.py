@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 
 from aiomm.buffers.tensors import TokenRows
+from aiomm.errors import PlaneUnavailable
 from aiomm.planes import copying
 from aiomm.planes.base import Run
 from aiomm.planes.copying import Copies, CopyThreads, LoopCopies, LoopTime, pieces_of, shares_of
@@ -26,6 +27,7 @@ import asyncio
 from aiomm.buffers.shm import MemfdArena
 from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
+from aiomm.errors import PlaneUnavailable
 from aiomm.planes.base import GrantKey, Run
 from aiomm.planes.registry import make_planes
 from aiomm.types import Field
@@ -134,7 +136,9 @@ async def test_works_that_begin_late_are_noticed_and_those_in_time_again(
         seen.append(copies.are_late)
     assert seen == [True, False, True, False]
     await copies.aclose()
-    copies.look_again()  # and no thread starts
+    copies.look_again()
+    with pytest.raises(PlaneUnavailable, match="threads of test have ended"):
+        await copies.run(lambda: None)
 
 
 @pytest.mark.both_loops
