@@ -142,8 +142,11 @@ class _ShmArena(RemoteArena):
         asyncio.get_running_loop().add_reader(connection.fileno(), self._hear)
 
     def write_at_once(self, grant: GrantKey, runs: Sequence[Run]) -> bool:
-        if self.ended.is_set() or self._nbytes_on_loop(runs) > ON_LOOP_NBYTES:
+        nbytes = self._nbytes_on_loop(runs)
+        if self.ended.is_set() or nbytes > ON_LOOP_NBYTES:
             return False
+        if nbytes > PIECE_NBYTES and not all(map(_is_dense, runs)):
+            return False  # that may take several times as long
         if not self._loop_copies.time.is_left():
             return False
         for run in runs:
@@ -220,6 +223,11 @@ class _ShmArena(RemoteArena):
         self._why = why
         asyncio.get_running_loop().remove_reader(self._connection.fileno())
         self._connection.close()
+
+
+def _is_dense(run: Run) -> bool:
+    """Whether the bytes of `run` lie together, at an address that is known."""
+    return run.rows.address(run.first) is not None
 
 
 def _map(descriptor: int, nbytes: int) -> memoryview:

@@ -173,10 +173,15 @@ class TestShmPlane(PlaneContract):
     async def test_what_is_not_short_is_not_done_at_once(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Too long, no time left in this turn, or nothing to write into."""
+        """Too long, or long and not dense, no time left in this turn, or nothing to write into."""
         link = await self.open_link(16 << 20)
         long, short = whole(random_rows(9, 1 << 20), 0), whole(random_rows(2, 16), 0)
         assert not link.remote.write_at_once(GRANT, [long])
+        strided = strided_rows(2000, 1 << 10)
+        assert not link.remote.write_at_once(GRANT, [whole(strided, 0)])
+        assert link.remote.write_at_once(GRANT, [whole(strided[:1000], 0)])
+        await asyncio.sleep(0)  # the next turn of the loop has time anew
+        assert link.remote.write_at_once(GRANT, [whole(random_rows(8, 1 << 20), 0)])
         await asyncio.sleep(0)
         monkeypatch.setattr(copying, "TURN_SECONDS", -1.0)
         assert link.remote.write_at_once(GRANT, [short])
