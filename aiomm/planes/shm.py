@@ -142,8 +142,10 @@ class _ShmArena(RemoteArena):
         asyncio.get_running_loop().add_reader(connection.fileno(), self._hear)
 
     def write_at_once(self, grant: GrantKey, runs: Sequence[Run]) -> bool:
+        if self.ended.is_set():
+            return False
         nbytes = self._nbytes_on_loop(runs)
-        if self.ended.is_set() or nbytes > ON_LOOP_NBYTES:
+        if nbytes > ON_LOOP_NBYTES:
             return False
         if nbytes > PIECE_NBYTES and not all(map(_is_dense, runs)):
             return False  # that may take several times as long
