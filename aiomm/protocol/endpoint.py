@@ -12,7 +12,8 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from typing import ClassVar
 
-from ..errors import Failure, ProtocolError, Reason
+from ..errors import Failure, IncompatibleSchema, ProtocolError, Reason
+from ..types import Schema
 from .agenda import Agenda
 from .commands import Command, Greet, Part, Transmit
 from .frames import PROTOCOL_VERSION, Frame, Goodbye, Hello, Packet, clipped, decode, encode
@@ -162,6 +163,10 @@ class Endpoint(ABC):
     def _is_knock(self, hello: Hello) -> bool:
         """Whether this Hello only asks this side to make the first contact."""
 
+    @abstractmethod
+    def _compare(self, theirs: Schema) -> str:
+        """Say how the sender's schema differs from the receiver's; empty if it does not."""
+
     def _is_void(self, command: Command) -> bool:
         """Whether there is no need any more for a command that may feed this endpoint."""
         return False
@@ -193,6 +198,15 @@ class Endpoint(ABC):
     @abstractmethod
     def _is_open(self, number: int) -> bool:
         """Whether the deadline of `number` still means something."""
+
+    def _difference(self, session: Session) -> str:
+        """Say how the schemas of both sides differ; they are compared once for a session."""
+        if session.difference is None:
+            try:
+                session.difference = self._compare(session.peer_hello.schema)
+            except IncompatibleSchema as exc:
+                session.difference = exc.message
+        return session.difference
 
     def _set_deadline(self, at: float, number: int) -> None:
         heapq.heappush(self._deadlines, (at, number))

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import msgspec
 
-from ..errors import Failure, IncompatibleSchema, Reason, Rejected
+from ..errors import Failure, Reason, Rejected
 from ..types import Allocation, Schema, TransferId
 from . import events, frames
 from .commands import (
@@ -451,13 +451,8 @@ class ReceiveEndpoint(Endpoint):
             return Failure(Reason.SCHEMA, message)
         return self._too_long(offer.total or 0)
 
-    def _difference(self, session: Session) -> str:
-        if session.difference is None:
-            try:
-                session.difference = self._schema.difference(session.peer_hello.schema)
-            except IncompatibleSchema as exc:
-                session.difference = exc.message
-        return session.difference
+    def _compare(self, theirs: Schema) -> str:
+        return self._schema.difference(theirs)
 
     def _match(self, session: Session, offer: frames.Offer) -> _Request | None:
         """Return the request that this claim is for; None if it comes unasked.

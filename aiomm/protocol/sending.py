@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import Failure, IncompatibleSchema, Reason, Rejected
+from ..errors import Failure, Reason, Rejected
 from ..types import Schema, TransferId
 from . import events, frames
 from .commands import Command, ProbeResult, SendFrame, Serve, Tell, Write
@@ -358,13 +358,8 @@ class SendEndpoint(Endpoint):
             return Failure(Reason.REJECTED, f"the peer {name!r} is no receiver")
         return None
 
-    def _difference(self, session: Session) -> str:
-        if session.difference is None:
-            try:
-                session.difference = session.peer_hello.schema.difference(self._schema)
-            except IncompatibleSchema as exc:
-                session.difference = exc.message
-        return session.difference
+    def _compare(self, theirs: Schema) -> str:
+        return theirs.difference(self._schema)
 
     def _frame_event(
         self,
