@@ -60,8 +60,8 @@ def map_memory(nbytes: int, fd: int | None = None) -> memoryview:
         raise ValueError(f"cannot map {nbytes} bytes")
     try:
         address = map_untouched(nbytes) if fd is None else _map(nbytes, mmap.MAP_SHARED, fd)
-    except OSError as exc:
-        raise PlaneUnavailable(f"cannot map {nbytes} bytes: {exc.strerror}") from exc
+    except (OSError, OverflowError) as exc:
+        raise PlaneUnavailable(f"cannot map {nbytes} bytes: {exc}") from exc
     memory, _ = owned_view(address, nbytes, unmap)
     if fd is not None:
         _libc.madvise(address, nbytes, mmap.MADV_DONTFORK)

@@ -41,6 +41,13 @@ def arena(request: pytest.FixtureRequest) -> Iterator[HostArena]:
 
 
 class TestEveryArena:
+    @pytest.mark.parametrize("nbytes", [1 << 55, 1 << 64, (1 << 64) + PAGE])
+    @pytest.mark.parametrize("kind", [HostArena, MemfdArena])
+    def test_what_no_machine_has_is_unavailable(self, kind: type[HostArena], nbytes: int) -> None:
+        """Beyond 2 ** 64, too, where C would take what is left modulo that."""
+        with pytest.raises(PlaneUnavailable, match=str(nbytes)):
+            kind(nbytes)
+
     def test_starts_as_zeros_and_views_share_it(self, arena: HostArena) -> None:
         assert bytes(arena.view(0, arena.nbytes)) == bytes(4 * PAGE)
         arena.view(100, 3)[:] = b"abc"
