@@ -366,6 +366,7 @@ class Receiver(Lifecycle):
             "requests_open": len(driver.endpoint.numbers()),
             "requests_waiting_for_blocks": driver.queue.num_waiting,
             "bytes_buffered": driver.buffered_bytes,
+            "bytes_spare": driver.memory.spare_nbytes,
             "peers": len(driver.endpoint.sessions),
             **ignored,
         }

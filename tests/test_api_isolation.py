@@ -135,3 +135,24 @@ async def test_a_transfer_through_a_small_pool_is_counted_once(announced: bool) 
             assert torch.equal(torch.as_tensor(lease["x"]), tensors(num_tokens)["x"])
         await transfer
         assert receiver.metrics()["bytes_buffered"] == 0
+
+
+async def test_what_a_long_result_leaves_is_kept_for_the_next() -> None:
+    """It belongs to whoever holds a tensor of it, and to the receiver only afterwards."""
+    schema, nbytes = aiomm.Schema(rows=aiomm.Field("uint8", 1 << 16)), 6 << 20
+    async with (
+        aiomm.Receiver(schema, bind="tcp://127.0.0.1:*", blocks=8, block_size=4) as receiver,
+        aiomm.Sender(schema) as sender,
+    ):
+        for number in range(3):
+            sent = torch.full((96, 1 << 16), number, dtype=torch.uint8)
+            transfer = sender.claim(receiver.expect(f"r{number}")).send({"rows": sent})
+            async with receiver.receive(f"r{number}") as lease:
+                part = torch.as_tensor(lease["rows"])[90:]
+            del lease
+            await transfer
+            assert receiver.metrics()["bytes_spare"] == 0
+            assert torch.equal(part, sent[90:])
+            del part
+            assert receiver.metrics()["bytes_spare"] == nbytes
+    assert receiver.metrics()["bytes_spare"] == 0

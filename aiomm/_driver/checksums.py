@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..buffers.checksum import Segment, checksum_of, segments_of
-from ..planes.copying import Copies, CopyThreads
+from ..planes.copying import Copies, CopyThreads, LoopTime
 from ..types import Schema
 
 __all__ = ["AT_ONCE_NBYTES", "Checksums", "Chunk"]
@@ -36,6 +36,8 @@ class Checksums:
     """Adds up the chunks of one endpoint, on threads of its own that start with the first."""
 
     def __init__(self) -> None:
+        self.time = LoopTime()
+        """What :meth:`at_once` may take of a turn of the loop; whoever calls it asks first."""
         self._copies = Copies(CopyThreads("checksum", MAX_THREADS))
 
     def at_once(self, chunk: Chunk) -> bytes:

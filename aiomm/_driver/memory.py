@@ -66,6 +66,11 @@ class Memory:
             self._is_closed = True
             await copies.run(self._give_back)
 
+    @property
+    def spare_nbytes(self) -> int:
+        """Bytes that are kept of results that are gone."""
+        return self._spare.nbytes
+
     def joined(self, num_tokens: int | None) -> Joined:
         """Return memory for so many tokens outside the pool, or for as many as come."""
         if self.device == "cpu":

@@ -23,7 +23,7 @@ from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, er
 from ..gpu.lanes import Mark, finished
 from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Plane
-from ..planes.copying import Copies, CopyThreads, LoopTime
+from ..planes.copying import Copies, CopyThreads
 from ..protocol.commands import (
     Command,
     CompareProbe,
@@ -151,7 +151,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._buffered: dict[int, int] = {}
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
         self._making_room: asyncio.Task[None] | None = None
-        self._loop_time = LoopTime()
         self._copies = Copies(CopyThreads("join"))
         self._checksums = Checksums()
         self._freed = asyncio.Event()
@@ -420,7 +419,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         if checksum:
             chunk = self._chunk_in(extents)
             is_short = chunk.nbytes <= AT_ONCE_NBYTES and arena.device == "cpu"
-            if not is_short or not self._loop_time.is_left():
+            if not is_short or not self._checksums.time.is_left():
                 return False
             try:
                 matches = checksum == self._checksums.at_once(chunk)

@@ -17,6 +17,7 @@ from ..errors import PlaneUnavailable
 from .base import Run
 
 __all__ = [
+    "PIECE_NBYTES",
     "Copies",
     "CopyThreads",
     "LoopCopies",
