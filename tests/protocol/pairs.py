@@ -121,7 +121,7 @@ class Pair:
 
     def inject_packet(self, packet: Packet, source: Process, to: Process) -> None:
         """Let any packet arrive at once."""
-        to.packet_received(source.address, encode(packet))
+        to.packets_received(source.address, encode(packet))
 
     def state(self, generation: int) -> State:
         """Return the state of a transfer at the sender."""

@@ -59,6 +59,7 @@ class Simulation:
             loss=0.0 if self.is_calm else self.chance.choice([0.0, 0.05, 0.3]),
             duplication=self.chance.choice([0.0, 0.1, 0.3]),
             longest_delay=self.chance.choice([0.002, 0.1, 1.0, 1.0 if self.is_calm else 6.0]),
+            longest_unread=self.chance.choice([0.0, 0.002, 0.1]),
             write_failure=0.0 if self.is_calm else self.chance.choice([0.0, 0.0, 0.1]),
         )
         self.names = 0

@@ -26,7 +26,7 @@ class TestTurnedAway:
         pair.meet()
         for _ in range(3):
             with pytest.raises(ProtocolError):
-                pair.receiver.packet_received("stranger", b"GET / HTTP/1.1")
+                pair.receiver.packets_received("stranger", b"GET / HTTP/1.1")
         assert len(pair.receiver.endpoint.commands(pair.now)) == 1
         assert pair.receiver.endpoint.counters["malformed"] == 3
         pair.receiver.endpoint.path_lost(pair.receiver.path_to("stranger"), "gone", pair.now)

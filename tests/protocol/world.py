@@ -65,6 +65,8 @@ class Faults:
     loss: float = 0.0
     duplication: float = 0.0
     longest_delay: float = 0.005
+    longest_unread: float = 0.0
+    """Until a side reads what has come, all of it together."""
     write_failure: float = 0.0
 
 
@@ -120,7 +122,7 @@ class World:
     def _arrive(self, source: str, target: str, packet: bytes) -> None:
         process = self.at_address.get(target)
         if process is not None:
-            self.after(0.0, lambda: process.packet_received(source, packet), process)
+            process.packet_arrived(source, packet)
 
 
 class Process:
@@ -142,6 +144,7 @@ class Process:
         self.greeted: list[int] = []
         self.parted: list[do.Part] = []
         self.ended_at: dict[int, float] = {}
+        self._unread: dict[str, list[bytes]] = {}
         self._timer_at: float | None = None
         self._progress: dict[int, int] = {}
         world.at_address[address] = self
@@ -151,9 +154,21 @@ class Process:
         """Return this side's name for the way to `address`."""
         return Path(0, "network", address)
 
-    def packet_received(self, source: str, packet: bytes) -> None:
-        """Take a packet from the network."""
-        self.endpoint.packet_received(self.path_to(source), packet, self.world.now)
+    def packet_arrived(self, source: str, packet: bytes) -> None:
+        """Keep a packet until this side looks, which takes all from there that have come."""
+        unread = self._unread.setdefault(source, [])
+        unread.append(packet)
+        if len(unread) == 1:
+            longest = self.world.faults.longest_unread
+            delay = self.world.random.uniform(0.0, longest) if longest else 0.0
+            self.world.after(
+                delay, lambda: self.packets_received(source, *self._unread.pop(source)), self
+            )
+
+    def packets_received(self, source: str, *packets: bytes) -> None:
+        """Take packets that have come together, as the real driver does."""
+        for packet in packets:
+            self.endpoint.packet_received(self.path_to(source), packet, self.world.now)
         self.pump()
 
     def crash(self) -> None:
