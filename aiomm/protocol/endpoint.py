@@ -116,7 +116,7 @@ class Endpoint(ABC):
     def say_goodbye(self, failure: Failure) -> None:
         """Tell every peer that this life ends. Call it when no write runs any more."""
         for session in self.sessions.values():
-            session.say(Goodbye(failure.reason, clipped(failure.message)))
+            session.say_last(Goodbye(failure.reason, clipped(failure.message)))
 
     def timer(self, now: float) -> None:
         """Look at everything whose time has come."""

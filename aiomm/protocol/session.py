@@ -163,9 +163,17 @@ class Session:
         self._changed(self)
 
     def say(self, frame: Frame) -> None:
-        """Queue a frame that may be lost: Ping, Pong, Ack, and a last Goodbye."""
+        """Queue a frame that may be lost: Ping, Pong, Ack; and see :meth:`say_last`."""
         self._outbox.append(frame)
         self._changed(self)
+
+    def say_last(self, goodbye: Goodbye) -> None:
+        """Queue the last word, and in front of it, again, all that is not acknowledged.
+
+        Nobody will repeat that any more, and on a better path the last word would overtake it.
+        """
+        self._resend_at = -NEVER
+        self.say(goodbye)
 
     def greeting(self) -> bytes:
         """Return this side's Hello to the peer, which answers the peer's."""

@@ -17,6 +17,26 @@ from .sending_process import Sending
 _ID = TransferId("request", 1)
 
 
+class TestLastWords:
+    """What is said right before the end, and may be overtaken by it."""
+
+    def test_why_a_transfer_has_failed_is_heard_before_the_end_of_its_sender(self) -> None:
+        """Its abort is lost, or on a slower path: who waits still learns that it was cancelled."""
+        pair = Pair()
+        number = pair.receive()
+        generation = pair.open(tokens=None)
+        pair.wait(0.1)
+        pair.world.faults.longest_delay = 0.0  # what goes one way comes in that order
+        pair.world.faults.loss = 1.0
+        pair.give_up(pair.sender, generation)
+        pair.world.faults.loss = 0.0
+        pair.sender.endpoint.say_goodbye(Failure(Reason.CLOSED, "the sender was closed"))
+        pair.sender.pump()
+        pair.wait(0.1)
+        assert reason(pair.receiver, number) is Reason.CANCELLED
+        pair.check_settled()
+
+
 class TestTurnedAway:
     """Who is refused, and that it harms nobody else."""
 

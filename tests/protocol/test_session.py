@@ -126,6 +126,18 @@ class TestSending:
         end.send(redeem(1))
         assert [type(each.frame) for each in out(end, 0.0)] == [frames.Redeem, frames.Goodbye]
 
+    def test_a_last_word_repeats_what_is_not_acknowledged(self) -> None:
+        """Before its time, and once: nobody will do so later."""
+        end = session()
+        for number in (1, 2, 3):
+            end.send(redeem(number))
+        out(end, 0.0)
+        end.receive(ack(1), 0.01)
+        end.send(redeem(4))
+        end.say_last(frames.Goodbye(Reason.CLOSED, "bye"))
+        assert sequences(out(end, 0.02)) == [2, 3, 4, 0]
+        assert out(end, 0.03) == []
+
     def test_the_greeting_carries_the_hello(self) -> None:
         """Addressed to the peer, whom it answers."""
         packet = decode(session().greeting())
