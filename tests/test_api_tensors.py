@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from aiomm import Field, Lease, Schema
+from aiomm._driver import receiving
+from aiomm.planes import copying
 
 from .support import (
     assert_idle,
@@ -137,3 +139,32 @@ async def test_a_tensor_that_needs_a_gradient() -> None:
     """An encoder's output is sent as it is; nobody has to detach it first."""
     source = torch.ones(20, 4, requires_grad=True) * 2
     assert same(await moved("shm", x=source), {"x": source.detach()})
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("num_processors", [1, 8])
+async def test_long_rows_leave_a_small_pool_by_as_many_threads_as_there_are(
+    num_processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 MiB through 16 MiB, with a second field, once while blocks are short for others."""
+    monkeypatch.setattr(copying, "num_processors", lambda: num_processors)
+    monkeypatch.setattr(receiving, "num_processors", lambda: num_processors)
+    rows = torch.randint(0, 255, (640, 1 << 16), dtype=torch.uint8, generator=_RANDOM)
+    sent = {"rows": rows, "ids": torch.arange(640, dtype=torch.int32)}
+    schema = Schema(rows=Field("uint8", 1 << 16), ids=Field("int32"))
+    pool: dict[str, Any] = {"blocks": 16, "block_size": 16, "default_blocks": 8}
+    async with pair(schema, **pool, max_spare_bytes=0) as (receiver, sender):
+        for num_tokens in (640, 200, 250):
+            part = {name: tensor[:num_tokens] for name, tensor in sent.items()}
+            transfer = sender.claim(receiver.expect(f"r{num_tokens}"), num_tokens=num_tokens)
+            transfer.send(part)
+            if num_tokens == 200:
+                await transfer  # nobody takes it, and the next one needs its blocks
+                continue
+            async with receiver.receive(f"r{num_tokens}") as lease:
+                assert same(dict(lease), part)
+            await transfer
+        async with receiver.receive("r200") as lease:
+            assert not lease.is_view
+            assert same(dict(lease), {name: tensor[:200] for name, tensor in sent.items()})
+        assert_idle(receiver, sender)

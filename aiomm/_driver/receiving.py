@@ -23,7 +23,7 @@ from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, er
 from ..gpu.lanes import Mark, finished
 from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Plane
-from ..planes.copying import Copies, CopyThreads
+from ..planes.copying import Copies, CopyThreads, num_processors
 from ..protocol.commands import (
     Command,
     CompareProbe,
@@ -54,6 +54,10 @@ from .memory import Joined, Memory
 __all__ = ["Delivery", "ReceiveDriver", "Waiter"]
 
 logger = logging.getLogger("aiomm.receiver")
+
+MAX_JOIN_THREADS = 4
+"""That share what is moved out of a pool on the host, on half of the processors: a sender of the
+same host fills the pool meanwhile."""
 
 
 class Delivery:
@@ -151,7 +155,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._buffered: dict[int, int] = {}
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
         self._making_room: asyncio.Task[None] | None = None
-        self._copies = Copies(CopyThreads("join"))
+        self._copies = Copies(CopyThreads("join", _num_join_threads(device)))
         self._checksums = Checksums()
         self._freed = asyncio.Event()
 
@@ -392,9 +396,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     async def _move_untaken(self, delivery: Delivery) -> None:
         number = delivery.transfer.number
         joined = self.memory.joined(delivery.extent.num_tokens)
-        move = partial(joined.append, self.layout, self.memory.arena, [delivery.extent])
         try:
-            await self._copies.run(move)
+            await self._append(joined, (delivery.extent,))
         except (Rejected, PlaneUnavailable) as exc:  # it stays, until blocks are short again
             logger.warning("! request %d stays in the pool: %s", number, exc)
             self._count_buffered(number, 0)
@@ -493,12 +496,19 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         done: Callable[[int, float], None],
     ) -> None:
         try:
-            await self._copies.run(partial(joined.append, self.layout, self.memory.arena, extents))
+            await self._append(joined, extents)
         except Exception as exc:  # whatever it is fails this request and no other
             self._cannot_buffer(number, str(exc), done)
         else:
             done(number, self.now())
         self.pump()
+
+    async def _append(self, joined: Joined, extents: tuple[Extent, ...]) -> None:
+        """Copy tokens out of the pool, by threads that share them."""
+        num_tokens = sum(extent.num_tokens for extent in extents)
+        num_shares = self._copies.num_shares(num_tokens * self.schema.token_nbytes)
+        arena = self.memory.arena
+        await self._copies.run_all(joined.appending(self.layout, arena, extents, num_shares))
 
     def _cannot_buffer(self, number: int, why: str, done: Callable[[int, float], None]) -> None:
         failure = Failure(Reason.BUSY, f"cannot be buffered outside the pool: {why}")
@@ -534,3 +544,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self.pool.fill(allocation)
             kept.append(allocation)
         return tuple(kept)
+
+
+def _num_join_threads(device: str) -> int:
+    """Return how many move chunks out of a pool; what a GPU copies needs only one to ask for it."""
+    return 1 if device != "cpu" else max(1, min(MAX_JOIN_THREADS, num_processors() // 2))

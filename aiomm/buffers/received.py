@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from ..errors import Rejected
-from ..types import Extent, Schema
+from ..types import Extent, Schema, part_of
 from .arena import Arena
 from .arrays import Array, array_over, copy_bytes
 from .layout import Layout
@@ -72,19 +73,31 @@ class JoinedTensors:
             ValueError: they are more than were to come.
             Rejected: there is no memory for them (retryable).
         """
-        stop = self.num_tokens + sum(extent.num_tokens for extent in extents)
-        if self._limit is not None and stop > self._limit:
-            raise ValueError(f"{stop} tokens have come, and only {self._limit} were to")
-        self._make_room(stop)
-        for name, field in self.schema.items():
-            joined = self._view(name)
-            offset = self.num_tokens * field.row_nbytes
-            for extent in extents:
-                start, end = layout.field_range(name, extent)
-                chunk = arena.read(start, end - start)
-                copy_bytes(joined[offset : offset + chunk.nbytes], chunk)
-                offset += chunk.nbytes
+        first, stop = self._place(extents)
+        self._copy(layout, arena, extents, first)
         self.num_tokens = stop
+
+    def appending(
+        self, layout: Layout, arena: Arena, extents: Sequence[Extent], num_shares: int
+    ) -> list[Callable[[], None]]:
+        """Return works that together do what :meth:`append` does, for as many threads at most.
+
+        They count as done. Where nobody knows the length it is one work, since memory is moved.
+
+        Raises:
+            ValueError: they are more than were to come.
+            Rejected: there is no memory for them (retryable).
+        """
+        if self._limit is None or num_shares == 1:
+            return [partial(self.append, layout, arena, extents)]
+        first, stop = self._place(extents)
+        works: list[Callable[[], None]] = []
+        step = max(1, -(-(stop - first) // num_shares))
+        for skip in range(0, stop - first, step):
+            share = part_of(tuple(extents), skip, min(step, stop - first - skip))
+            works.append(partial(self._copy, layout, arena, share, first + skip))
+        self.num_tokens = stop
+        return works
 
     def tensors(self) -> dict[str, Array]:
         """Return the tokens that are here as tensors `[num_tokens, *shape]`, sharing the memory.
@@ -99,6 +112,25 @@ class JoinedTensors:
             name: array_over(self._view(name), field, self.num_tokens)
             for name, field in self.schema.items()
         }
+
+    def _place(self, extents: Sequence[Extent]) -> tuple[int, int]:
+        """Make room for the tokens of `extents`; return where they will begin and end."""
+        stop = self.num_tokens + sum(extent.num_tokens for extent in extents)
+        if self._limit is not None and stop > self._limit:
+            raise ValueError(f"{stop} tokens have come, and only {self._limit} were to")
+        self._make_room(stop)
+        return self.num_tokens, stop
+
+    def _copy(self, layout: Layout, arena: Arena, extents: Sequence[Extent], first: int) -> None:
+        """Copy the tokens of `extents` to token `first` and behind. Blocks."""
+        for name, field in self.schema.items():
+            joined = self._view(name)
+            offset = first * field.row_nbytes
+            for extent in extents:
+                start, end = layout.field_range(name, extent)
+                chunk = arena.read(start, end - start)
+                copy_bytes(joined[offset : offset + chunk.nbytes], chunk)
+                offset += chunk.nbytes
 
     def _view(self, name: str) -> memoryview:
         memory = self._memory[name]

@@ -23,6 +23,7 @@ __all__ = [
     "LoopCopies",
     "LoopTime",
     "check_runs",
+    "num_processors",
     "part_of",
     "pieces_of",
     "shares_of",
@@ -35,8 +36,11 @@ TURN_SECONDS = 1e-3
 PIECE_NBYTES = 1 << 20
 LATE_SECONDS = 2.5e-3
 """Half of the time for which a busy thread may keep the GIL."""
-SHARE_NBYTES = 4 << 20
+SHARE_NBYTES = 2 << 20
 """At least so much of a long copy is for each of the threads that share it."""
+FEW_PROCESSORS = 3
+"""With no more than these the threads, the loop and the peer's own wait for one another, and a
+share is twice as much."""
 
 
 def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
@@ -149,7 +153,10 @@ class CopyThreads:
 
     def __init__(self, name: str, max_threads: int = 1) -> None:
         self._name = name
-        self.num_threads = min(max_threads, _num_processors())
+        processors = num_processors()
+        self.num_threads = min(max_threads, processors)
+        self.share_nbytes = SHARE_NBYTES * (2 if processors <= FEW_PROCESSORS else 1)
+        """What it is worth to wake a thread for."""
         self.are_late = False
         """Whether works began late when the threads had nothing to do: others keep the GIL, or
         the processors. To hand a copy over, and to be told of its end, may take longer than it."""
@@ -254,9 +261,13 @@ class Copies:
         if not self._is_closed:
             self.start([lambda: None])
 
+    def is_long(self, nbytes: float) -> bool:
+        """Whether the loop's own thread takes longer for so many bytes than threads that share."""
+        return nbytes > 2 * self._threads.share_nbytes
+
     def num_shares(self, nbytes: int) -> int:
         """Return into how many shares to divide work on so many bytes."""
-        return max(1, min(self._threads.num_threads, -(-nbytes // SHARE_NBYTES)))
+        return max(1, min(self._threads.num_threads, -(-nbytes // self._threads.share_nbytes)))
 
     async def run_all(self, works: Sequence[Callable[[], Result]]) -> list[Result]:
         """Run `works` side by side on the threads. Cancelling the wait does not stop them."""
@@ -293,7 +304,7 @@ def _finish(
         finished.set_result(results)
 
 
-def _num_processors() -> int:
+def num_processors() -> int:
     """Return how many this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1

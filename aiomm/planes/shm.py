@@ -30,9 +30,6 @@ from .handover import Desk, Invitation, redeem
 
 __all__ = ["ShmPlane"]
 
-ON_LOOP_NBYTES = 8 << 20
-"""Up to here a write is copied on the loop's thread, in the call that asks for it if there is
-time: it is done before another thread has been woken, and this one again."""
 ACCEPTED = b"\x01"
 
 
@@ -45,8 +42,9 @@ class ShmPlane(Plane):
     """Writes into memory that the receiver shares with the processes of its user.
 
     Args:
-        copy_threads: that at most share a copy of more than 8 MiB, which one of them makes at
-            half the rate of two, or less. There are never more of them than processors.
+        copy_threads: that at most share a copy of more than 4 MiB (8 MiB where there are less
+            than four processors), which one of them makes at half the rate of two, or less.
+            There are never more of them than processors.
 
     Raises:
         ValueError: `copy_threads` is less than 1.
@@ -145,7 +143,7 @@ class _ShmArena(RemoteArena):
         if self.ended.is_set():
             return False
         nbytes = self._nbytes_on_loop(runs)
-        if nbytes > ON_LOOP_NBYTES:
+        if self._copies.is_long(nbytes):
             return False
         if nbytes > PIECE_NBYTES and not all(map(_is_dense, runs)):
             return False  # that may take several times as long
@@ -160,7 +158,7 @@ class _ShmArena(RemoteArena):
         if self.ended.is_set():
             raise PlaneUnavailable(f"shm: {self._why}")
         nbytes = self._nbytes_on_loop(runs)
-        if nbytes <= ON_LOOP_NBYTES:
+        if not self._copies.is_long(nbytes):
             await self._loop_copies.run(self._copy, runs)
         elif nbytes == math.inf:
             await self._copies.run(partial(self._copy_all, runs))

@@ -163,6 +163,26 @@ async def test_works_that_wait_for_others_are_not_late(monkeypatch: pytest.Monke
     await copies.aclose()
 
 
+@pytest.mark.parametrize(
+    ("num_processors", "max_threads", "shares"),
+    [
+        (1, 4, {0: 1, 4: 1, 64: 1}),
+        (2, 4, {4: 1, 5: 2, 64: 2}),
+        (3, 1, {64: 1}),
+        (4, 4, {2: 1, 3: 2, 4: 2, 5: 3, 7: 4, 64: 4}),
+        (16, 4, {8: 4, 64: 4}),
+    ],
+)
+async def test_a_share_is_worth_a_thread(
+    num_processors: int, max_threads: int, shares: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few processors, each is missing elsewhere."""
+    monkeypatch.setattr(copying, "num_processors", lambda: num_processors)
+    copies = Copies(CopyThreads("test", max_threads))
+    assert {mib: copies.num_shares(mib << 20) for mib in shares} == shares
+    await copies.aclose()
+
+
 async def test_a_copy_of_nothing_ends_too() -> None:
     copies = Copies(CopyThreads("test", 2))
     await copies.share_out(lambda share: None, [])

@@ -120,7 +120,7 @@ class TestShmPlane(PlaneContract):
     async def test_mixes_long_and_short_runs_on_its_threads(
         self, num_processors: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(copying, "_num_processors", lambda: num_processors)
+        monkeypatch.setattr(copying, "num_processors", lambda: num_processors)
         link = await self.open_link(16 << 20)
         long, short, strided = random_rows(13, 1 << 20), random_rows(3, 64), strided_rows(9, 64)
         parts = [(0, strided), (1 << 20, long), (15 << 20, short)]
@@ -170,18 +170,20 @@ class TestShmPlane(PlaneContract):
         assert link.remote.write_at_once(GRANT, runs)
         assert link.content() == expected_content(ARENA_NBYTES, *parts)
 
+    @pytest.mark.parametrize(("num_processors", "longest"), [(1, 8), (3, 8), (4, 4), (16, 4)])
     async def test_what_is_not_short_is_not_done_at_once(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, num_processors: int, longest: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Too long, or long and not dense, no time left in this turn, or nothing to write into."""
+        monkeypatch.setattr(copying, "num_processors", lambda: num_processors)
         link = await self.open_link(16 << 20)
-        long, short = whole(random_rows(9, 1 << 20), 0), whole(random_rows(2, 16), 0)
+        long, short = whole(random_rows(longest + 1, 1 << 20), 0), whole(random_rows(2, 16), 0)
         assert not link.remote.write_at_once(GRANT, [long])
         strided = strided_rows(2000, 1 << 10)
         assert not link.remote.write_at_once(GRANT, [whole(strided, 0)])
         assert link.remote.write_at_once(GRANT, [whole(strided[:1000], 0)])
         await asyncio.sleep(0)  # the next turn of the loop has time anew
-        assert link.remote.write_at_once(GRANT, [whole(random_rows(8, 1 << 20), 0)])
+        assert link.remote.write_at_once(GRANT, [whole(random_rows(longest, 1 << 20), 0)])
         await asyncio.sleep(0)
         monkeypatch.setattr(copying, "TURN_SECONDS", -1.0)
         assert link.remote.write_at_once(GRANT, [short])
