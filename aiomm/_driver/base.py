@@ -28,6 +28,7 @@ from ..protocol.commands import Command, Greet, Part, Transmit
 from ..protocol.endpoint import Endpoint
 from ..protocol.frames import PROTOCOL_VERSION, Packet, Ping, encode
 from ..protocol.session import NEVER, Path
+from .outbox import Outbox
 
 __all__ = ["Driver", "new_epoch"]
 
@@ -66,6 +67,7 @@ class Driver(Generic[_Endpoint]):
         self.channel = _control_channel(settings, bind, name)
         self.stream = _stream_channel(name, listens=self.listens)
         self._stream_rank = 1 if settings.control == "auto" else -1
+        self.outbox = Outbox()
         self._at_address: dict[str, Path] = {}
         self._lives: dict[Path, int] = {}
         """The peer's epoch behind each path that a packet has come through."""
@@ -165,6 +167,7 @@ class Driver(Generic[_Endpoint]):
                 self.pump()
         self._is_finished = True
         self._stop_timer()
+        self.outbox.flush()
         await self._close_channels()
         for task in self._tasks:
             task.cancel()
@@ -292,13 +295,14 @@ class Driver(Generic[_Endpoint]):
                 for command in commands:
                     try:
                         if isinstance(command, Transmit):  # most are
-                            command.path.channel.send(command.path.peer, command.packet)
+                            self.outbox.send(command)
                         else:
                             self._carry_out(command)
                     except Exception:  # a bug in one command must not cost the others
                         logger.exception("! %s could not carry out %s", self.name, command)
         finally:
             self._is_pumping = False
+        self.outbox.next_turn()
         self._arm_timer()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

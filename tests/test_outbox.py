@@ -1,0 +1,155 @@
+"""When packets leave: at once, or behind the turn of a user who has just been answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from aiomm import Receiver, Schema
+from aiomm._driver import outbox
+from aiomm._driver.outbox import Outbox
+from aiomm.control.base import Channel, Peer
+from aiomm.protocol.commands import Transmit
+from aiomm.protocol.session import Path
+from aiomm.types import Field
+
+from .support import granted, pair
+
+pytestmark = pytest.mark.both_loops
+
+
+class Story:
+    """An outbox, and what happens one after the other."""
+
+    def __init__(self) -> None:
+        self.outbox = Outbox()
+        self.told: list[str] = []
+        self.channel = Mock(Channel, send=lambda _, packet: self.told.append(packet.decode()))
+
+    def send(self, packet: str) -> None:
+        path = Path(1, self.channel, Mock(Peer))
+        self.outbox.send(Transmit(path, packet.encode()))
+
+    def answer_user(self, turn: Callable[[], None] = lambda: None) -> None:
+        """Do what a driver does in one pump that wakes a user and then says so."""
+
+        def user() -> None:
+            self.told.append("user")
+            turn()
+
+        asyncio.get_running_loop().call_soon(user)
+        self.outbox.let_user_go_first()
+        self.send("accepted")
+        self.outbox.next_turn()
+
+
+async def turns(count: int = 2) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_packets_leave_at_once() -> None:
+    story = Story()
+    story.send("a")
+    story.outbox.next_turn()
+    assert story.told == ["a"]
+
+
+async def test_users_who_are_answered_go_first() -> None:
+    """Also what is said meanwhile waits, so that packets keep their order."""
+    story = Story()
+    story.answer_user(turn=lambda: story.send("released"))
+    story.answer_user()
+    assert story.told == []
+    await turns()
+    assert story.told == ["user", "accepted", "accepted", "released", "user"]
+    story.send("later")
+    assert story.told[-1] == "later"
+
+
+async def test_who_keeps_the_loop_does_not_hold_packets_up_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    story, clock = Story(), Mock(return_value=100.0)
+    monkeypatch.setattr(outbox, "time", Mock(monotonic=clock))
+
+    def work(seconds: float) -> Callable[[], None]:
+        return lambda: setattr(clock, "return_value", clock.return_value + seconds)
+
+    for seconds, passed, order in (
+        (0.001, 0.0, ["user", "accepted"]),
+        (0.050, 0.0, ["user", "accepted"]),
+        (0.0, 0.0, ["accepted", "user"]),
+        (0.050, 9.0, ["accepted", "user"]),
+        (0.0, 2.0, ["user", "accepted"]),
+    ):
+        clock.return_value += passed
+        story.answer_user(work(seconds))
+        await turns()
+        assert story.told == order
+        story.told.clear()
+
+
+async def test_what_is_held_can_be_sent_at_once() -> None:
+    story = Story()
+    story.answer_user()
+    story.outbox.flush()
+    story.send("goodbye")
+    assert story.told == ["accepted", "goodbye"]
+    await turns()
+    assert story.told == ["accepted", "goodbye", "user"]
+
+
+async def test_a_packet_that_cannot_be_sent_costs_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    story = Story()
+    broken = Path(1, Mock(Channel, send=Mock(side_effect=ZeroDivisionError)), Mock(Peer))
+    story.outbox.let_user_go_first()
+    story.outbox.send(Transmit(broken, b"broken"))
+    story.answer_user()
+    await turns()
+    assert story.told == ["user", "accepted"]
+    assert "a packet could not be sent" in caplog.text
+
+
+@pytest.mark.parametrize("is_closed_at_once", [False, True])
+async def test_a_receivers_await_returns_before_its_sender_is_told(
+    is_closed_at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sender is told in any case, also by one who closes in that very turn."""
+    story = list[str]()
+    rows = torch.zeros(3, 64, dtype=torch.uint8)
+
+    async def receive(receiver: Receiver) -> None:
+        lease = await receiver.receive("r")
+        story.append("user")
+        lease.release()
+        if is_closed_at_once:
+            await receiver.aclose()
+
+    async with pair(Schema(x=Field("uint8", 64))) as (receiver, sender):
+        warm = await granted(sender.claim(receiver.expect("warm")))
+        warm.send({"x": rows})
+        async with receiver.receive("warm"):
+            await warm  # by now they talk over their stream
+        transfer = await granted(sender.claim(receiver.expect("r")))
+        receiving = asyncio.create_task(receive(receiver))
+        await asyncio.sleep(0)
+        stream = receiver._driver.stream
+        assert stream is not None
+        send = stream.send
+
+        def noted(peer: Peer, packet: bytes) -> bool:
+            story.append("packet")
+            return send(peer, packet)
+
+        monkeypatch.setattr(stream, "send", noted)
+        transfer.send({"x": rows})
+        await transfer
+        await receiving
+    assert story[:2] == ["user", "packet"]
