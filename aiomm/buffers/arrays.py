@@ -26,6 +26,7 @@ __all__ = [
     "array_over",
     "copy_bytes",
     "copy_memory",
+    "copy_with_gil",
     "load_array_library",
     "loaded_instance",
 ]
@@ -99,14 +100,15 @@ def array_of_bytes(flat: Any, field: Field, num_tokens: int) -> Array:
         raise ImportError(f"{library.__name__} has no {field.dtype}: install torch") from exc
 
 
-_move_with_gil = ctypes.PyDLL(None).memmove
-_move_with_gil.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_move_with_gil.restype = None
+copy_with_gil = ctypes.PyDLL(None).memmove
+"""Copy bytes from address to address (target, source, how many), and keep the GIL."""
+copy_with_gil.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+copy_with_gil.restype = None
 
 
 def copy_memory(target: int, source: int, nbytes: int) -> None:
     """Copy bytes from address to address; the GIL is released for large copies."""
-    move = _move_with_gil if nbytes <= GIL_NBYTES else ctypes.memmove
+    move = copy_with_gil if nbytes <= GIL_NBYTES else ctypes.memmove
     move(target, source, nbytes)
 
 

@@ -20,12 +20,12 @@ import msgspec
 from msgspec import Meta
 
 from ..buffers.arena import Arena
-from ..buffers.arrays import address_of, copy_memory
+from ..buffers.arrays import address_of, copy_memory, copy_with_gil
 from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import PIECE_NBYTES, Copies, CopyThreads, LoopCopies, check_runs, pieces_of
+from .copying import PIECE_NBYTES, Copies, CopyThreads, LoopCopies, check_runs
 from .handover import Desk, Invitation, redeem
 
 __all__ = ["ShmPlane"]
@@ -150,8 +150,11 @@ class _ShmArena(RemoteArena):
         if not self._loop_copies.time.is_left():
             return False
         for run in runs:
-            for piece in pieces_of(run, PIECE_NBYTES):
-                self._copy(piece)
+            source = run.rows.address(run.first)
+            if source is None:
+                self._copy(run)
+            else:  # to get the GIL back would take longer than it takes
+                copy_with_gil(self._address + run.offset, source, run.nbytes)
         return True
 
     async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
