@@ -1,11 +1,12 @@
 """What aiomm wants to reach, and whether it does on this machine: every goal with its figure.
 
 Transfers of `aiomm.bench` between two processes, against the memcpy of the same rounds. Plans that
-are compared run in turn, three times over, with new processes each time; figures are medians and
-quartiles over all rounds of all turns. What the peers decide comes out of the file that
-`python -m benchmarks.peers --save` has written. A goal that is missed is told, and that is all.
+are compared run in turn, three times over (`--turns`), with new processes each time; figures are
+medians and quartiles over all rounds of all turns, five of each plan in each turn. What the peers
+decide comes out of the file that `python -m benchmarks.peers --save` has written. A goal that is
+missed is told, and that is all.
 
-    python -m benchmarks.goals [--quick] [--peers benchmarks/results/peers.json]
+    python -m benchmarks.goals [--quick] [--turns 3] [--peers benchmarks/results/peers.json]
         [--save benchmarks/results/goals.json] [--plots benchmarks/results] [--again FILE.json]
 """
 
@@ -38,11 +39,14 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one round of each; figures for show")
+    parser.add_argument("--turns", type=int, default=FULL.turns, help="of every plan; two or more")
     parser.add_argument("--peers", type=Path, default=PEERS, help="figures of benchmarks.peers")
     parser.add_argument("--save", type=Path, help="write machine, goals and raw figures as JSON")
     parser.add_argument("--plots", type=Path, help="draw latency.png and rate.png into this folder")
     parser.add_argument("--again", type=Path, help="judge what was saved, and measure nothing")
     options = parser.parse_args(arguments)
+    if options.turns < 2:
+        parser.error(f"--turns {options.turns}: two or more, or figures have no spread")
     if options.save is not None and not options.save.absolute().parent.is_dir():
         parser.error(f"--save {options.save}: there is no such folder")
     if options.plots is not None and not options.plots.is_dir():
@@ -57,20 +61,21 @@ def main() -> None:
     options = options_of(sys.argv[1:])
     try:
         peers = peers_in(options.peers)
-        measured = measured_in(options.again) if options.again else measured_now(options.quick)
+        measured = measured_in(options.again) if options.again else measured_now(options)
         tell(options, measured, peers)
     except (BenchBroke, PeerLost, NotMeasured, LookupError, ValueError, OSError) as exc:
         sys.exit(f"goals: {type(exc).__name__}: {exc}")
 
 
-def measured_now(is_quick: bool) -> Measured:
+def measured_now(options: argparse.Namespace) -> Measured:
     """Measure everything, and tell on stderr what runs now."""
+    extent = QUICK if options.quick else FULL._replace(turns=options.turns)
 
     def listener(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     before = os.getloadavg()[0]
-    figures = asyncio.run(measure(list(groups(QUICK if is_quick else FULL)), listener))
+    figures = asyncio.run(measure(list(groups(extent)), listener))
     load = f"{before:.1f} before, {os.getloadavg()[0]:.1f} after"
     return Measured(machine={**machine(), "load": load}, figures=figures)
 
