@@ -206,6 +206,24 @@ def test_a_measurement_that_breaks_fails_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_run_that_is_stopped_leaves_what_it_has_measured(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    command = [sys.executable, "-m", "benchmarks.goals", "--quick", "--save", str(saved)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("4 of 14"):
+                process.terminate()
+    assert process.returncode != 0
+    plans = json.loads(saved.read_text())["figures"]["plans"]
+    assert set(plans) >= {"one at a time", "1 in flight"}
+    done = goals(tmp_path, "--again", str(saved))
+    assert done.code == 1
+    assert "goals: LookupError: no seconds of 'aiomm'" in done.errors
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_quick_run_has_all_figures(tmp_path: Path) -> None:
     done = goals(tmp_path, "--quick", "--plots", str(tmp_path), peers=peers(1.0))

@@ -23,6 +23,7 @@ from aiomm.bench.processes import BenchBroke
 from aiomm.errors import PeerLost
 from benchmarks.latency import machine
 
+from .figures import Figures
 from .judge import judge
 from .measure import NotMeasured, measure
 from .peers_file import Peers, peers_in
@@ -68,16 +69,21 @@ def main() -> None:
 
 
 def measured_now(options: argparse.Namespace) -> Measured:
-    """Measure everything, and tell on stderr what runs now."""
+    """Measure everything, and tell on stderr what runs now; before each run, save all others."""
     extent = QUICK if options.quick else FULL._replace(turns=options.turns)
+    before, figures = os.getloadavg()[0], Figures()
+
+    def measured() -> Measured:
+        load = f"{before:.1f} before, {os.getloadavg()[0]:.1f} after"
+        return Measured(machine={**machine(), "load": load}, figures=figures)
 
     def listener(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+        if options.save is not None and figures.plans:
+            save(options.save, measured(), [], None)
 
-    before = os.getloadavg()[0]
-    figures = asyncio.run(measure(list(groups(extent)), listener))
-    load = f"{before:.1f} before, {os.getloadavg()[0]:.1f} after"
-    return Measured(machine={**machine(), "load": load}, figures=figures)
+    asyncio.run(measure(list(groups(extent)), figures, listener))
+    return measured()
 
 
 def tell(options: argparse.Namespace, measured: Measured, peers: Peers | None) -> None:

@@ -20,11 +20,12 @@ class NotMeasured(Exception):
     """Something ran, but not what was to be measured."""
 
 
-async def measure(groups: Sequence[Group], listener: Listener) -> Figures:
+async def measure(groups: Sequence[Group], figures: Figures, listener: Listener) -> None:
     """Run every plan of every group.
 
     Args:
         groups: one after the other.
+        figures: takes what each run has measured as soon as it is over.
         listener: told what runs now.
 
     Raises:
@@ -32,14 +33,12 @@ async def measure(groups: Sequence[Group], listener: Listener) -> Figures:
         PeerLost: a process ended before its work was done.
         NotMeasured: a plan went another way than it says.
     """
-    figures = Figures()
     runs = [run for group in groups for run in _turns(group)]
     for number, (turn, name, plan) in enumerate(runs, 1):
         listener(f"{number} of {len(runs)}: {name}, turn {turn + 1}")
         results = await run_bench(replace(plan, seed=turn))
         check(name, results)
         figures.add(name, results)
-    return figures
 
 
 def check(name: str, results: Results) -> None:
