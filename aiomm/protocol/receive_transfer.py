@@ -267,6 +267,8 @@ class ReceiveTransfer(Transfer):
         if self.granted_tokens > self.transferred_tokens:
             self._move(Resumed, now)
             return []
+        if self._moved_tokens and not self._is_copying:
+            return self._move_out()  # it has to leave too, and now there is time
         return self._reserve_rest()
 
     def _check_written(self, event: Written) -> None:
