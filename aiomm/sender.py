@@ -53,7 +53,8 @@ class Transfer:
         self._tensors: tuple[int, bytes] | None = None
         self._cancelled_with: Failure | None = None
         self._rows: Mapping[str, Any] = {}
-        self._changes: asyncio.Event = asyncio.Event()
+        self._watching: list[asyncio.Future[None]] = []
+        """Those who wait for the next change."""
         self.request_id = request_id
 
     @property
@@ -78,7 +79,7 @@ class Transfer:
         """Give the tensors, `[num_tokens, *shape]` per field; returns at once.
 
         The tensors must not change until the transfer is over. Torch tensors, numpy arrays,
-        anything with DLPack, cupy arrays, and bytes are taken, dense or strided. Up to 1 MiB is
+        anything with DLPack, cupy arrays, and bytes are taken, dense or strided. Up to 8 MiB are
         copied in this call where the receiver's pool is within reach and blocks are granted.
 
         Args:
@@ -135,13 +136,18 @@ class Transfer:
         told = 0
         while True:
             history = [(State.ALLOC, 0.0)] if self._core is None else self._core.history
-            for state, _ in history[told:]:
+            if told < len(history):
+                state, _ = history[told]
+                told += 1
                 yield state
-            told = len(history)
-            if self._future.done():
+            elif not self._future.done():
+                change = self._loop.create_future()
+                self._watching.append(change)
+                await change
+            else:
+                if self._core is None:
+                    yield State.FAILED
                 return
-            self._changes.clear()
-            await self._changes.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +183,7 @@ class Transfer:
     def _open(self, core: SendTransfer) -> None:
         """Take the protocol's transfer, now that the endpoint is up."""
         self._core = core
-        watcher = Watcher(self._changes.set, self._ended)
+        watcher = Watcher(self._changed, self._ended)
         self._sender._driver.watchers[core.id.generation] = watcher
         if self._cancelled_with is not None:
             driver = self._sender._driver
@@ -185,10 +191,17 @@ class Transfer:
         elif self._tensors is not None:
             self._sender._driver.sources[core.id.generation] = self._rows
 
+    def _changed(self) -> None:
+        """Wake who waits for the next state."""
+        watching, self._watching = self._watching, []
+        for change in watching:
+            if not change.done():
+                change.set_result(None)
+
     def _ended(self, error: AiommError | None, route: Route | None) -> None:
         """Resolve the handle."""
         self._rows = {}
-        self._changes.set()
+        self._changed()
         if self._future.done():
             return
         if error is not None:

@@ -13,6 +13,7 @@ from aiomm import (
     IncompatibleSchema,
     PoolClosed,
     Rejected,
+    Sender,
     State,
     Transfer,
 )
@@ -132,6 +133,44 @@ async def test_the_events_of_a_transfer() -> None:
         failing = sender.claim(receiver.expect("f"))
         failing.cancel()
         assert await states_of(failing) == ["ALLOC", "FAILED"]
+
+
+async def test_who_follows_slowly_misses_no_event() -> None:
+    """All others happen while the first one is looked at; each follower has its own pace."""
+    async with pair() as (receiver, sender):
+        transfer = sender.claim(receiver.expect("r"))
+        slow, quick = transfer.events(), asyncio.ensure_future(states_of(transfer))
+        seen = [await anext(slow)]
+        await granted(transfer)
+        transfer.send(tensors_of(50))
+        (await receiver.receive("r")).release()
+        await transfer
+        seen += [state async for state in slow]
+        assert seen == ["ALLOC", "SENDING", "AWAITING_RESUME", "SENDING", "DONE"]
+        assert await quick == seen
+
+
+async def test_one_of_many_followers_may_leave() -> None:
+    async with pair() as (receiver, sender):
+        transfer = sender.claim(receiver.expect("r"))
+        await granted(transfer)
+        leaving, staying = (asyncio.ensure_future(states_of(transfer)) for _ in range(2))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        transfer.send(tensors_of(5))
+        assert await staying == ["ALLOC", "SENDING", "DONE"]
+        assert leaving.cancelled()
+        (await receiver.receive("r")).release()
+
+
+async def test_the_events_of_a_transfer_that_never_began() -> None:
+    """It is cancelled before its sender has started."""
+    async with pair() as (receiver, _):
+        sender = Sender(SCHEMA)
+        transfer = sender.claim(receiver.expect("r"))
+        transfer.cancel()
+        assert await states_of(transfer) == ["ALLOC", "FAILED"]
+        await sender.aclose()
 
 
 async def states_of(transfer: Transfer) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import assert_never
 
 from ..errors import Failure, Reason
@@ -79,7 +78,7 @@ class ReceiveTransfer(Transfer):
         self._is_copying = False
         self._is_sealed = False
         self._is_quarantined = False
-        self._uncounted: deque[Written] = deque()
+        self._uncounted: list[Written] = []
         """Chunks that are being verified, or wait behind such a one."""
 
     @property
@@ -242,13 +241,13 @@ class ReceiveTransfer(Transfer):
             if event.checksum or (self._always_verifies and event.count):
                 extents = self._extents_of(event)
                 return [*commands, Verify(self.number, extents, event.checksum, event.plane)]
-            commands += self._count_chunk(self._uncounted.popleft(), now)
+            commands += self._count_chunk(self._uncounted.pop(0), now)
         return commands
 
     def _verified(self, matches: bool, now: float) -> Commands:
         if self.state.is_terminal:
             return []
-        event = self._uncounted.popleft()
+        event = self._uncounted.pop(0)
         if not matches:
             stop = event.start + event.count
             message = f"tokens {event.start} to {stop} arrived changed: their checksum is another"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import assert_never
 
 from ..errors import Failure
@@ -49,7 +48,7 @@ class SendTransfer(Transfer):
         self.id = transfer
         self.available_tokens = 0
         self.metadata = b""
-        self._grants: deque[Granted | Resumed] = deque()
+        self._grants: list[Granted | Resumed] = []
         """The grant being filled, and those that came early."""
         self._next_sequence = 0
         self._offered = False
@@ -162,7 +161,7 @@ class SendTransfer(Transfer):
         if self.transferred_tokens == self.total:
             self._sealed = True
         elif self._grant_is_full():
-            self._grants.popleft()
+            self._grants.pop(0)
             self._move(GrantFilled, now)
             if self._grants:
                 self._move(Resumed, now)
