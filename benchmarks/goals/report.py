@@ -58,7 +58,7 @@ def footer(goals: Sequence[Goal], peers: Path, *, are_peers_there: bool) -> Iter
 
 
 def save(path: Path, measured: Measured, goals: Sequence[Goal], peers: Path | None) -> None:
-    """Write a run as JSON.
+    """Write a run as JSON; whoever stops it in the middle leaves what was saved before.
 
     Raises:
         OSError: the file cannot be written.
@@ -70,7 +70,9 @@ def save(path: Path, measured: Measured, goals: Sequence[Goal], peers: Path | No
         goals=goals,
         figures=measured.figures,
     )
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(saved), indent=1) + b"\n")
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(saved), indent=1) + b"\n")
+    unfinished.replace(path)
 
 
 def measured_in(path: Path) -> Measured:
