@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import threading
 from collections import Counter
 from contextlib import AsyncExitStack
 
@@ -100,6 +101,9 @@ async def test_three_hundred_requests_with_faults() -> None:
             ticket = receiver.expect("first")
             first.tell("send", ticket=ticket.to_json(), seed=1, num_tokens=2500)
             assert await received(receiver, "first") == pattern(1, 2500)
+        for copies in (receiver._driver._joins, receiver._driver._copies):
+            num_threads = copies._threads.num_threads
+            await copies.run_all([threading.Barrier(num_threads).wait] * num_threads)
         await until(lambda: receiver.metrics()["peers"] == 0, "the first sender is gone")
         before, used = resources(), process.memory_info().rss
         for place in range(NUM_SENDERS):

@@ -55,9 +55,8 @@ __all__ = ["Delivery", "ReceiveDriver", "Waiter"]
 
 logger = logging.getLogger("aiomm.receiver")
 
-MAX_JOIN_THREADS = 4
-"""That share what is moved out of a pool on the host, on half of the processors: a sender of the
-same host fills the pool meanwhile."""
+MAX_COPY_THREADS = 4
+"""That share what is moved out of a pool on the host, or joined there."""
 
 
 class Delivery:
@@ -155,7 +154,11 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._buffered: dict[int, int] = {}
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
         self._making_room: asyncio.Task[None] | None = None
-        self._copies = Copies(CopyThreads("join", _num_join_threads(device)))
+        max_threads = MAX_COPY_THREADS if device == "cpu" else 1  # a GPU needs no help
+        self._joins = Copies(CopyThreads("join", max_threads))
+        num_moving = max(1, min(max_threads, num_processors() // 2))
+        self._copies = Copies(CopyThreads("move", num_moving))
+        """Of everything else: a sender of the same host may fill the pool meanwhile, by as many."""
         self._checksums = Checksums()
         self._freed = asyncio.Event()
 
@@ -175,7 +178,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         """Close the exports and the arena. Leases that are still held stay readable."""
         await self._exports.aclose()
         await self._checksums.aclose()
-        await self._copies.drain()
+        await asyncio.gather(self._joins.aclose(), self._copies.drain())
         await self.memory.aclose(self._copies)
         await self._copies.aclose()
 
@@ -218,10 +221,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             case Verify(number):
                 if not self._verify_at_once(command):
                     self.spawn(self._verify(command), f"verify {number}")
-            case MoveOut(number, extents, total):
-                self._copy_out(number, extents, total, self.endpoint.moved_out)
-            case Join(number, extents, total):
-                self._copy_out(number, extents, total, self.endpoint.joined)
+            case MoveOut() | Join():
+                self._copy_out(command)
             case Fail(number, failure, story):
                 logger.info("x request %d failed: %s: %s", number, *failure)
                 self._take_joined(number)
@@ -397,7 +398,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         number = delivery.transfer.number
         joined = self.memory.joined(delivery.extent.num_tokens)
         try:
-            await self._append(joined, (delivery.extent,))
+            await self._append(joined, (delivery.extent,), self._copies)
         except (Rejected, PlaneUnavailable) as exc:  # it stays, until blocks are short again
             logger.warning("! request %d stays in the pool: %s", number, exc)
             self._count_buffered(number, 0)
@@ -468,52 +469,46 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
     # Copies out of the pool.
 
-    def _copy_out(
-        self,
-        number: int,
-        extents: tuple[Extent, ...],
-        total: int | None,
-        done: Callable[[int, float], None],
-    ) -> None:
+    def _copy_out(self, command: MoveOut | Join) -> None:
+        number, extents, total = command.number, command.extents, command.total
         joined = self._joined.get(number)
         moved = 0 if joined is None else joined.num_tokens
         moved += sum(extent.num_tokens for extent in extents)
         self._count_buffered(number, max(moved, total or 0))
         if self.buffered_bytes > self.settings.max_buffered_bytes:
             limit = self.settings.max_buffered_bytes
-            self._cannot_buffer(number, f"over max_buffered_bytes={limit}", done)
+            self._cannot_buffer(command, f"over max_buffered_bytes={limit}")
             return
         if joined is None:
             joined = self._joined[number] = self.memory.joined(total)
-        copying = self._copy_in_thread(joined, number, extents, done)
-        self.spawn(copying, f"move out {number}")
+        self.spawn(self._copy_by_threads(joined, command), f"move out {number}")
 
-    async def _copy_in_thread(
-        self,
-        joined: Joined,
-        number: int,
-        extents: tuple[Extent, ...],
-        done: Callable[[int, float], None],
-    ) -> None:
+    async def _copy_by_threads(self, joined: Joined, command: MoveOut | Join) -> None:
+        copies = self._joins if isinstance(command, Join) else self._copies
         try:
-            await self._append(joined, extents)
+            await self._append(joined, command.extents, copies)
         except Exception as exc:  # whatever it is fails this request and no other
-            self._cannot_buffer(number, str(exc), done)
+            self._cannot_buffer(command, str(exc))
         else:
-            done(number, self.now())
+            self._copied_out(command)
         self.pump()
 
-    async def _append(self, joined: Joined, extents: tuple[Extent, ...]) -> None:
+    async def _append(self, joined: Joined, extents: tuple[Extent, ...], copies: Copies) -> None:
         """Copy tokens out of the pool, by threads that share them."""
         num_tokens = sum(extent.num_tokens for extent in extents)
-        num_shares = self._copies.num_shares(num_tokens * self.schema.token_nbytes)
-        arena = self.memory.arena
-        await self._copies.run_all(joined.appending(self.layout, arena, extents, num_shares))
+        num_shares = copies.num_shares(num_tokens * self.schema.token_nbytes)
+        works = joined.appending(self.layout, self.memory.arena, extents, num_shares)
+        await copies.run_all(works)
 
-    def _cannot_buffer(self, number: int, why: str, done: Callable[[int, float], None]) -> None:
+    def _cannot_buffer(self, command: MoveOut | Join, why: str) -> None:
         failure = Failure(Reason.BUSY, f"cannot be buffered outside the pool: {why}")
-        self.endpoint.fail(number, failure, self.now())
-        done(number, self.now())
+        self.endpoint.fail(command.number, failure, self.now())
+        self._copied_out(command)
+
+    def _copied_out(self, command: MoveOut | Join) -> None:
+        is_last = isinstance(command, Join)
+        tell = self.endpoint.joined if is_last else self.endpoint.moved_out
+        tell(command.number, self.now())
 
     def _take_joined(self, number: int) -> Joined | None:
         self._count_buffered(number, 0)
@@ -545,8 +540,3 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self.pool.fill(allocation)
             kept.append(allocation)
         return tuple(kept)
-
-
-def _num_join_threads(device: str) -> int:
-    """Return how many move chunks out of a pool; what a GPU copies needs only one to ask for it."""
-    return 1 if device != "cpu" else max(1, min(MAX_JOIN_THREADS, num_processors() // 2))
