@@ -31,6 +31,8 @@ BLOCK_SIZE = 16
 SIZES = {"64 KiB": 1, "1 MiB": 16, "8 MiB": 128, "64 MiB": 1024}
 """Tokens of one row each."""
 PLANES = ("shm", "tcp")
+WRITTEN = ("--save", "--plots")
+"""Options of benchmarks that are followed by a file or a folder."""
 SCHEMA = aiomm.Schema(rows=aiomm.Field("uint8", ROW_NBYTES))
 
 
@@ -149,6 +151,16 @@ def machine() -> dict[str, str]:
     }
 
 
+def options_given() -> str:
+    """Return the options of this run, without the files that it writes."""
+    words = sys.argv[1:]
+    return " ".join(
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if word not in WRITTEN and before not in WRITTEN
+    )
+
+
 def main() -> None:
     """Measure, print a table, and save the figures if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -174,7 +186,7 @@ def main() -> None:
             f"{f'{low:,} to {high:,}':>24} {row['times_memcpy']:>9}"
         )
     if options.save is not None:
-        saved = {"command": " ".join(sys.argv[1:]), "machine": machine(), "rows": rows}
+        saved = {"command": options_given(), "machine": machine(), "rows": rows}
         options.save.write_text(json.dumps({**saved, "seconds": collected}, indent=1) + "\n")
 
 

@@ -25,7 +25,7 @@ import psutil
 
 import aiomm
 from aiomm.control.keys import write_key_pair
-from benchmarks.latency import machine, run
+from benchmarks.latency import machine, options_given, run
 from tests.hosts import Host, two_hosts
 from tests.strangers import KINDS, command_of
 
@@ -155,7 +155,7 @@ def main() -> None:
             f"p99 {row['p99_us']:>8,} us (x {row['times_p99']})  {row['receiver_rss_mb']:>6} MB"
         )
     if options.save is not None:
-        saved = {"command": " ".join(sys.argv[1:]), "machine": machine(), "rows": rows}
+        saved = {"command": options_given(), "machine": machine(), "rows": rows}
         options.save.write_text(json.dumps({**saved, "seconds": seconds}, indent=1) + "\n")
 
 

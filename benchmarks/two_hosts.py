@@ -44,7 +44,7 @@ from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows, memory_of
 from aiomm.planes.base import GrantKey, Place, Plane, Run
 from aiomm.planes.registry import make_planes
-from benchmarks.latency import machine, run
+from benchmarks.latency import machine, options_given, run
 from tests.hosts import Hosts, two_hosts, unusable
 
 SIZES = {
@@ -386,7 +386,7 @@ def main() -> None:
     if options.save is not None:
         load = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
         where = {**machine(), "load": load}
-        saved = {"command": " ".join(sys.argv[1:]), "machine": where, "missing": missing}
+        saved = {"command": options_given(), "machine": where, "missing": missing}
         figures_saved = {**saved, "rows": rows, "seconds": figures}
         options.save.write_text(json.dumps(figures_saved, indent=1) + "\n")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+
+from benchmarks.latency import options_given
 
 from .figures import Figures
 from .goal import Goal
@@ -64,7 +65,7 @@ def save(path: Path, measured: Measured, goals: Sequence[Goal], peers: Path | No
         OSError: the file cannot be written.
     """
     saved = Saved(
-        command=" ".join(sys.argv[1:]),
+        command=options_given(),
         machine=measured.machine,
         peers=None if peers is None else str(peers),
         goals=goals,

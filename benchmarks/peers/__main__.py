@@ -33,7 +33,7 @@ from contextlib import ExitStack
 from operator import methodcaller
 from pathlib import Path
 
-from benchmarks.latency import machine
+from benchmarks.latency import machine, options_given
 
 from .base import ROW_NBYTES, Setting
 from .floor import FLOOR, MEMCPY
@@ -193,7 +193,7 @@ def main() -> None:
     if options.save is not None:
         load = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
         saved = {
-            "command": " ".join(sys.argv[1:]),
+            "command": options_given(),
             "machine": {**machine(), "load": load},
             "missing": measurement.missing,
             "rows": rows,
