@@ -154,11 +154,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._buffered: dict[int, int] = {}
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
         self._making_room: asyncio.Task[None] | None = None
-        max_threads = MAX_COPY_THREADS if device == "cpu" else 1  # a GPU needs no help
-        self._joins = Copies(CopyThreads("join", max_threads))
-        num_moving = max(1, min(max_threads, num_processors() // 2))
-        self._copies = Copies(CopyThreads("move", num_moving))
-        """Of everything else: a sender of the same host may fill the pool meanwhile, by as many."""
+        self._joins, self._copies = _copies_for(device)
         self._checksums = Checksums()
         self._freed = asyncio.Event()
 
@@ -540,3 +536,10 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self.pool.fill(allocation)
             kept.append(allocation)
         return tuple(kept)
+
+
+def _copies_for(device: str) -> tuple[Copies, Copies]:
+    """Return who joins chunks, and who does all else: meanwhile a sender may fill the pool."""
+    max_threads = MAX_COPY_THREADS if device == "cpu" else 1  # a GPU needs no help
+    num_others = max(1, min(max_threads, num_processors() // 2))
+    return Copies(CopyThreads("join", max_threads)), Copies(CopyThreads("copy", num_others))
