@@ -12,10 +12,10 @@ __all__ = ["Outbox"]
 
 logger = logging.getLogger("aiomm")
 
-PATIENCE_SECONDS = 2e-3
-"""A turn that takes longer holds packets up for too long."""
+QUICK_SECONDS = 2e-3
+"""A turn that takes longer would hold packets up for too long."""
 MEMORY_SECONDS = 10.0
-"""For so long no packet waits after that."""
+"""For so long after such a turn no packet waits, however quick the next ones are."""
 
 
 class Outbox:
@@ -23,38 +23,42 @@ class Outbox:
 
     A packet wakes its peer, to whom the kernel may give this very processor; then the user, whose
     await is answered already, waits until the peer sleeps again: 0.2 ms where little else runs.
-    So the user's turn comes first, unless it has turned out to take long.
+    So the user's turn comes first, once such turns have turned out to be quick. Who works in them
+    for long, on a model say, holds nothing up.
     """
 
     def __init__(self) -> None:
         self._held: list[Transmit] = []
-        self._holds_since: float | None = None
-        """When the user was let go first; None if packets leave at once."""
+        self._holds = False
+        self._answered_at: float | None = None
+        """When a user was answered whose turn has not come yet."""
         self._is_turn_coming = False
-        self._holds_again_at = 0.0
+        self._is_quick = False
+        """The last turn was, and so were all of the last seconds."""
+        self._slow_until = 0.0
 
     def send(self, command: Transmit) -> None:
         """Send a packet, now or behind the user's turn."""
-        if self._holds_since is None:
-            command.path.channel.send(command.path.peer, command.packet)
-        else:
+        if self._holds:
             self._held.append(command)
+        else:
+            command.path.channel.send(command.path.peer, command.packet)
 
-    def let_user_go_first(self) -> None:
-        """Hold what is sent from now on until :meth:`next_turn` has come and gone."""
-        now = time.monotonic()
-        if self._holds_since is None and now >= self._holds_again_at:
-            self._holds_since = now
+    def user_answered(self) -> None:
+        """Let what is sent from now on wait for the user's turn, if those are quick."""
+        if self._answered_at is None:
+            self._answered_at = time.monotonic()
+            self._holds = self._is_quick
 
     def next_turn(self) -> None:
-        """Whoever has been answered by now is waked by the loop; send what is held after them."""
-        if self._holds_since is not None and not self._is_turn_coming:
+        """The loop will wake all who have been answered by now; come back behind them."""
+        if self._answered_at is not None and not self._is_turn_coming:
             self._is_turn_coming = True
             asyncio.get_running_loop().call_soon(self._turn_ended)
 
     def flush(self) -> None:
         """Send what is held, now. Idempotent."""
-        self._holds_since = None
+        self._holds = False
         held, self._held = self._held, []
         for command in held:
             try:
@@ -63,8 +67,9 @@ class Outbox:
                 logger.exception("! a packet could not be sent: %s", command)
 
     def _turn_ended(self) -> None:
-        self._is_turn_coming = False
-        now = time.monotonic()
-        if self._holds_since is not None and now - self._holds_since > PATIENCE_SECONDS:
-            self._holds_again_at = now + MEMORY_SECONDS
+        now, answered_at = time.monotonic(), self._answered_at
+        self._answered_at, self._is_turn_coming = None, False
+        if answered_at is not None and now - answered_at > QUICK_SECONDS:
+            self._slow_until = now + MEMORY_SECONDS
+        self._is_quick = now >= self._slow_until
         self.flush()

@@ -522,7 +522,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         delivery = Delivery(transfer, kept, command.extents, joined)
         self._pump_queue()
         self.waiter.ended(number, delivery)
-        self.outbox.let_user_go_first()
+        self.outbox.user_answered()
         self.make_room()
 
     def _trim(self, allocations: tuple[Allocation, ...], num_tokens: int) -> tuple[Allocation, ...]:
