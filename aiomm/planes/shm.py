@@ -12,9 +12,9 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -31,6 +31,9 @@ from .handover import Desk, Invitation, redeem
 __all__ = ["ShmPlane"]
 
 ACCEPTED = b"\x01"
+
+Move: TypeAlias = Callable[[int, int, int], object]
+"""Copies from address to address: target, source, how many bytes."""
 
 
 class _Offer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
@@ -150,11 +153,7 @@ class _ShmArena(RemoteArena):
         if not self._loop_copies.time.is_left():
             return False
         for run in runs:
-            source = run.rows.address(run.first)
-            if source is None:
-                self._copy(run)
-            else:  # to get the GIL back would take longer than it takes
-                copy_with_gil(self._address + run.offset, source, run.nbytes)
+            self._copy(run, copy_with_gil)  # to get the GIL back could take longer than it takes
         return True
 
     async def write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
@@ -199,13 +198,13 @@ class _ShmArena(RemoteArena):
         for run in runs:
             self._copy(run)
 
-    def _copy(self, run: Run) -> None:
+    def _copy(self, run: Run, move: Move = copy_memory) -> None:
         if not self._memory:  # it waited for its turn until the end
             raise PlaneUnavailable(f"shm: {self._why}")
         rows, nbytes = run.rows, run.nbytes
         source = rows.address(run.first)
         if source is not None:
-            copy_memory(self._address + run.offset, source, nbytes)
+            move(self._address + run.offset, source, nbytes)
             return
         on_device = rows.on_device
         if on_device is not None:
