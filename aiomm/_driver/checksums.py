@@ -7,14 +7,13 @@ from functools import partial
 from typing import NamedTuple
 
 from ..buffers.checksum import Segment, checksum_of, segments_of
-from ..planes.copying import Copies, CopyThreads, LoopTime
+from ..planes.copying import MAX_THREADS, Copies, CopyThreads, LoopTime
 from ..types import Schema
 
 __all__ = ["AT_ONCE_NBYTES", "Checksums", "Chunk"]
 
 AT_ONCE_NBYTES = 1 << 20
 """Up to here a chunk is added up on the loop's thread: 0.1 ms, less than the way to another."""
-MAX_THREADS = 4
 
 
 class Chunk(NamedTuple):

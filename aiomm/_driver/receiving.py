@@ -23,7 +23,7 @@ from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, er
 from ..gpu.lanes import Mark, finished
 from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Plane
-from ..planes.copying import Copies, CopyThreads, num_processors
+from ..planes.copying import MAX_THREADS, Copies, CopyThreads, num_processors
 from ..protocol.commands import (
     Command,
     CompareProbe,
@@ -54,9 +54,6 @@ from .memory import Joined, Memory
 __all__ = ["Delivery", "ReceiveDriver", "Waiter"]
 
 logger = logging.getLogger("aiomm.receiver")
-
-MAX_COPY_THREADS = 4
-"""That share what is moved out of a pool on the host, or joined there."""
 
 
 class Delivery:
@@ -540,6 +537,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
 def _copies_for(device: str) -> tuple[Copies, Copies]:
     """Return who joins chunks, and who does all else: meanwhile a sender may fill the pool."""
-    max_threads = MAX_COPY_THREADS if device == "cpu" else 1  # a GPU needs no help
+    max_threads = MAX_THREADS if device == "cpu" else 1  # a GPU needs no help
     num_others = max(1, min(max_threads, num_processors() // 2))
     return Copies(CopyThreads("join", max_threads)), Copies(CopyThreads("copy", num_others))

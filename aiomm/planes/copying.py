@@ -17,6 +17,7 @@ from ..errors import PlaneUnavailable
 from .base import Run
 
 __all__ = [
+    "MAX_THREADS",
     "PIECE_NBYTES",
     "Copies",
     "CopyThreads",
@@ -38,6 +39,8 @@ LATE_SECONDS = 2.5e-3
 """Half of the time for which a busy thread may keep the GIL."""
 SHARE_NBYTES = 2 << 20
 """At least so much of a long copy is for each of the threads that share it."""
+MAX_THREADS = 4
+"""That share one at most, where nobody says how many."""
 FEW_PROCESSORS = 3
 """With no more than these the threads, the loop and the peer's own wait for one another, and a
 share is twice as much."""

@@ -25,7 +25,7 @@ from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import PIECE_NBYTES, Copies, CopyThreads, LoopCopies, check_runs
+from .copying import MAX_THREADS, PIECE_NBYTES, Copies, CopyThreads, LoopCopies, check_runs
 from .handover import Desk, Invitation, redeem
 
 __all__ = ["ShmPlane"]
@@ -55,7 +55,7 @@ class ShmPlane(Plane):
 
     name: ClassVar[str] = "shm"
 
-    def __init__(self, copy_threads: int = 4) -> None:
+    def __init__(self, copy_threads: int = MAX_THREADS) -> None:
         if copy_threads < 1:
             raise ValueError(f"copy_threads={copy_threads}: there must be one")
         self._threads = CopyThreads(self.name, copy_threads)
