@@ -302,7 +302,7 @@ class Driver(Generic[_Endpoint]):
                         logger.exception("! %s could not carry out %s", self.name, command)
         finally:
             self._is_pumping = False
-        self.outbox.next_turn()
+            self.outbox.next_turn()
         self._arm_timer()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
