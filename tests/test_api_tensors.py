@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -10,6 +11,7 @@ import torch
 
 from aiomm import Field, Lease, Schema
 from aiomm._driver import receiving
+from aiomm.buffers.received import JoinedTensors
 from aiomm.planes import copying
 
 from .support import (
@@ -149,6 +151,14 @@ async def test_long_rows_leave_a_small_pool_by_as_many_threads_as_there_are(
     """40 MiB through 16 MiB, with a second field, once while blocks are short for others."""
     monkeypatch.setattr(copying, "num_processors", lambda: num_processors)
     monkeypatch.setattr(receiving, "num_processors", lambda: num_processors)
+    most, appending = set[int](), JoinedTensors.appending
+
+    def noted(joined: JoinedTensors, *arguments: Any) -> list[Callable[[], None]]:
+        works = appending(joined, *arguments)
+        most.add(len(works))
+        return works
+
+    monkeypatch.setattr(JoinedTensors, "appending", noted)
     rows = torch.randint(0, 255, (640, 1 << 16), dtype=torch.uint8, generator=_RANDOM)
     sent = {"rows": rows, "ids": torch.arange(640, dtype=torch.int32)}
     schema = Schema(rows=Field("uint8", 1 << 16), ids=Field("int32"))
@@ -168,3 +178,4 @@ async def test_long_rows_leave_a_small_pool_by_as_many_threads_as_there_are(
             assert not lease.is_view
             assert same(dict(lease), {name: tensor[:200] for name, tensor in sent.items()})
         assert_idle(receiver, sender)
+    assert max(most) == min(num_processors, 4)
