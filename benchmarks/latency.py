@@ -157,7 +157,7 @@ def options_given() -> str:
     return " ".join(
         word
         for before, word in zip(["", *words], words, strict=False)
-        if word not in WRITTEN and before not in WRITTEN
+        if word.partition("=")[0] not in WRITTEN and before not in WRITTEN
     )
 
 
