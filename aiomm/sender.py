@@ -79,8 +79,9 @@ class Transfer:
         """Give the tensors, `[num_tokens, *shape]` per field; returns at once.
 
         The tensors must not change until the transfer is over. Torch tensors, numpy arrays,
-        anything with DLPack, cupy arrays, and bytes are taken, dense or strided. Up to 8 MiB are
-        copied in this call where the receiver's pool is within reach and blocks are granted.
+        anything with DLPack, cupy arrays, and bytes are taken, dense or strided. Up to 4 MiB, with
+        few processors 8 MiB, are copied in this call where the receiver's pool is within reach
+        and blocks are granted.
 
         Args:
             tensors: one per field of the schema, all with the same number of tokens.
