@@ -9,15 +9,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from aiomm import Receiver, Schema
+from aiomm import PoolClosed, Receiver, Schema
 from aiomm._driver import outbox
 from aiomm._driver.outbox import Outbox
 from aiomm.control.base import Channel, Peer
+from aiomm.errors import Failure
 from aiomm.protocol.commands import Transmit
+from aiomm.protocol.frames import Frame, Goodbye, decode
 from aiomm.protocol.session import Path
 from aiomm.types import Field
 
-from .support import granted, pair
+from .support import error_of, granted, pair
 
 pytestmark = pytest.mark.both_loops
 
@@ -168,3 +170,37 @@ async def test_a_receivers_await_returns_before_its_sender_is_told(
         await transfer
         await receiving
     assert story[:2] == ["user", "packet"]
+
+
+async def test_who_closes_says_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user was answered in the same turn of the loop in which the last word is said."""
+    said = list[Frame]()
+    async with pair() as (receiver, sender):
+        transfer = await granted(sender.claim(receiver.expect("r")))
+        driver = receiver._driver
+        say_goodbye = driver.endpoint.say_goodbye
+
+        def answered_meanwhile(failure: Failure) -> None:
+            monkeypatch.setattr(driver.outbox, "_is_quick", True)
+            driver.outbox.user_answered()
+            say_goodbye(failure)
+
+        monkeypatch.setattr(driver.endpoint, "say_goodbye", answered_meanwhile)
+        for channel in (driver.stream, driver.channel):
+            assert channel is not None
+            monkeypatch.setattr(channel, "send", noting(said, channel.send))
+        await receiver.aclose()
+        assert isinstance(await error_of(transfer), PoolClosed)
+    assert isinstance(said[-1], Goodbye)
+
+
+def noting(said: list[Frame], send: Callable[[Peer, bytes], bool]) -> Callable[[Peer, bytes], bool]:
+    """Return a function that sends, if the channel is still open, and notes what."""
+
+    def noted(peer: Peer, packet: bytes) -> bool:
+        sent = send(peer, packet)
+        if sent:
+            said.append(decode(packet).frame)
+        return sent
+
+    return noted
