@@ -18,7 +18,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt aiomm/buffers/_memcpy.c
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 		{ echo "aiomm needs Python 3.11 or newer with venv; name one: make PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import aiomm
+from aiomm.buffers.memcpy import is_streaming
 
 ROW_NBYTES = 64 * 1024
 BLOCK_SIZE = 16
@@ -147,6 +148,7 @@ def machine() -> dict[str, str]:
         "cpu": f"{os.cpu_count()} x {model}",
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "copies": "streaming" if is_streaming else "libc",
         "date": time.strftime("%Y-%m-%d"),
     }
 

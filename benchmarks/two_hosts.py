@@ -39,8 +39,8 @@ from typing import Any, NamedTuple, cast
 
 import aiomm
 from aiomm.buffers.arena import HostArena
-from aiomm.buffers.arrays import copy_bytes
 from aiomm.buffers.layout import ByteRange
+from aiomm.buffers.memcpy import copy_bytes
 from aiomm.buffers.tensors import TokenRows, memory_of
 from aiomm.planes.base import GrantKey, Place, Plane, Run
 from aiomm.planes.registry import make_planes

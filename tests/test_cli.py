@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from aiomm import Field
+from aiomm.buffers.memcpy import is_streaming
 from aiomm.cli.files import field_from, field_option, file_stem
 from tests.command import outcome_of
 
@@ -213,6 +214,7 @@ async def test_doctor_tries_the_planes_and_tells_the_rest(monkeypatch: pytest.Mo
     assert found["versions"]["python"].startswith(f"{sys.version_info.major}.")
     assert set(found["versions"]) > {"aiomm", "pyzmq", "libzmq", "msgspec", "torch", "aiozmq"}
     assert found["kernel"]["memfd"] is found["kernel"]["pidfd"] is True
+    assert found["copies"] == ("streaming" if is_streaming else "libc")
     assert found["limits"]["open_files"]["soft"] > 0
     assert found["environment"]["SGLANG_MULTIMODAL_BLOCK_SIZE"] == {
         "setting": "block_size",

@@ -58,7 +58,7 @@ async def test_both_arrivals_and_all_paths_are_measured() -> None:
     assert {row["resumes"] for row in report["rows"]} == {0}
     assert report["plane"] == "shm"
     assert report["command"].startswith("bench --json")
-    assert report["machine"].keys() == {"cpu", "processors", "kernel", "python"}
+    assert report["machine"].keys() == {"cpu", "processors", "kernel", "python", "copies"}
     for row in report["rows"]:
         assert (row["times_memcpy"] == 1) or row["path"] != "memcpy"
         assert (row["times_floor"] == 1) or row["path"] != "memcpy + ack"

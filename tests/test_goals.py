@@ -234,7 +234,8 @@ def test_a_quick_run_has_all_figures(tmp_path: Path) -> None:
     assert len(verdicts) == 17 + OF_PEERS + 1
     assert "skipped" not in verdicts.values()
     assert all(each["seconds"] for each in done.saved["figures"]["series"])
-    assert done.saved["machine"].keys() == {"cpu", "kernel", "python", "date", "load"}
+    facts = {"cpu", "kernel", "python", "copies", "date", "load"}
+    assert done.saved["machine"].keys() == facts
     for name in ("latency.png", "rate.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     again = goals(tmp_path, "--again", str(tmp_path / "saved.json"))

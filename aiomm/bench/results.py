@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..buffers.memcpy import is_streaming
 from .heartbeat import BOUNDS_MS
 from .messages import Arrived, Beats, Copied, Held, Left
 from .plan import AIOMM, AIOMM_BUSY, MEMCPY, MEMCPY_ACK, Plan, Process, Step, size_name
@@ -166,6 +167,7 @@ def machine() -> dict[str, Any]:
         "processors": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
+        "copies": "streaming" if is_streaming else "libc",
     }
 
 

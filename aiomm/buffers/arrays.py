@@ -6,7 +6,6 @@ dtype asks for it.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import math
@@ -24,17 +23,11 @@ __all__ = [
     "Array",
     "array_of_bytes",
     "array_over",
-    "copy_bytes",
-    "copy_memory",
-    "copy_with_gil",
     "load_array_library",
     "loaded_instance",
 ]
 
 Array: TypeAlias = "torch.Tensor | numpy.ndarray[Any, Any]"
-
-GIL_NBYTES = 1 << 20
-"""Up to here a copy keeps the GIL: taking it back beside a busy thread costs up to 5 ms."""
 
 
 @functools.cache
@@ -98,40 +91,3 @@ def array_of_bytes(flat: Any, field: Field, num_tokens: int) -> Array:
         return flat.view(dtype).reshape(shape)  # type: ignore[no-any-return]
     except (AttributeError, TypeError) as exc:
         raise ImportError(f"{library.__name__} has no {field.dtype}: install torch") from exc
-
-
-copy_with_gil = ctypes.PyDLL(None).memmove
-"""Copy bytes from address to address (target, source, how many), and keep the GIL."""
-copy_with_gil.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-copy_with_gil.restype = None
-
-
-def copy_memory(target: int, source: int, nbytes: int) -> None:
-    """Copy bytes from address to address; the GIL is released for large copies."""
-    move = copy_with_gil if nbytes <= GIL_NBYTES else ctypes.memmove
-    move(target, source, nbytes)
-
-
-def copy_bytes(target: memoryview, source: memoryview, source_address: int | None = None) -> None:
-    """Copy `source` into `target`, which is as long; the GIL is released for large copies.
-
-    Args:
-        target: writable bytes.
-        source: bytes.
-        source_address: where `source` lies, needed only to release the GIL when it is read-only.
-    """
-    if source.nbytes <= GIL_NBYTES:
-        target[:] = source
-        return
-    if source_address is None and not source.readonly:
-        source_address = address_of(source)
-    if source_address is not None:
-        copy_memory(address_of(target), source_address, source.nbytes)
-        return
-    for start in range(0, source.nbytes, GIL_NBYTES):  # other threads get a turn in between
-        target[start : start + GIL_NBYTES] = source[start : start + GIL_NBYTES]
-
-
-def address_of(memory: memoryview) -> int:
-    """Return the address of writable bytes, of which there is at least one."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -12,8 +12,9 @@ from ..gpu.pinning import Pin
 from ..gpu.runtime import Copy, GpuError, explained
 from ..types import Extent, Field, Schema
 from .arena import Arena, HostArena
-from .arrays import Array, address_of, array_of_bytes
+from .arrays import Array, array_of_bytes
 from .layout import ByteRange, Layout
+from .memcpy import address_of
 
 __all__ = ["CudaArena", "DeviceJoinedTensors"]
 

@@ -8,8 +8,9 @@ from functools import partial
 from ..errors import Rejected
 from ..types import Extent, Schema, part_of
 from .arena import Arena
-from .arrays import Array, array_over, copy_bytes
+from .arrays import Array, array_over
 from .layout import Layout
+from .memcpy import copy_bytes
 from .spare import PrivateMemory, SpareMemory
 
 __all__ = ["JoinedTensors", "PoolTensors"]

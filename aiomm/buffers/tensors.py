@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IncompatibleSchema
 from ..types import Field, Schema
-from .arrays import address_of, copy_bytes, load_array_library, loaded_instance
+from .arrays import load_array_library, loaded_instance
 from .device_rows import LEGACY_STREAM, DeviceRows, Producers
+from .memcpy import address_of, copy_bytes
 from .received import JoinedTensors, PoolTensors
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def machine_line(facts: Mapping[str, Any]) -> str:
     """Return the machine in one line."""
     return (
         f"{facts['cpu']}, {facts['processors']} processors, {facts['kernel']}, "
-        f"Python {facts['python']}"
+        f"Python {facts['python']}, {facts['copies']} copies"
     )
 
 

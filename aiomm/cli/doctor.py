@@ -20,6 +20,7 @@ from .. import __version__
 from ..buffers.arena import Arena, HostArena
 from ..buffers.cuda import CudaArena
 from ..buffers.layout import ByteRange
+from ..buffers.memcpy import is_streaming
 from ..buffers.shm import MemfdArena
 from ..buffers.tensors import TokenRows
 from ..config import ReceiverSettings, SenderSettings, settings_from, variables_of
@@ -62,6 +63,7 @@ async def examine() -> dict[str, Any]:
         "planes": planes,
         "gpus": await asyncio.to_thread(_gpus),
         "versions": _versions(),
+        "copies": "streaming" if is_streaming else "libc",
         "loop": loop_factory().__module__.split(".")[0],
         "kernel": _kernel(),
         "shared_memory": _shared_memory(),

@@ -11,6 +11,11 @@ from rich.table import Table
 
 __all__ = ["show_findings"]
 
+COPIES = {
+    "streaming": "past the caches",
+    "libc": "[yellow]libc's, which are slower: aiomm was installed without a C compiler[/yellow]",
+}
+
 
 def show_findings(findings: Mapping[str, Any], console: Console) -> None:
     """Print what was found, the problems last."""
@@ -56,6 +61,7 @@ def _facts(findings: Mapping[str, Any]) -> Table:
     shared = findings["shared_memory"]
     facts.add_row("versions", versions)
     facts.add_row("event loop", findings["loop"])
+    facts.add_row("long copies", COPIES[findings["copies"]])
     facts.add_row("kernel", f"{findings['kernel']['system']}: {kernel}")
     facts.add_row(
         "/dev/shm", f"{_size(shared['free_bytes'])} free of {_size(shared['total_bytes'])}"

@@ -12,15 +12,15 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, ClassVar, TypeAlias
+from typing import Annotated, ClassVar
 
 import msgspec
 from msgspec import Meta
 
 from ..buffers.arena import Arena
-from ..buffers.arrays import address_of, copy_memory, copy_with_gil
+from ..buffers.memcpy import Copy, address_of, copy_memory, copy_with_gil
 from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
@@ -31,9 +31,6 @@ from .handover import Desk, Invitation, redeem
 __all__ = ["ShmPlane"]
 
 ACCEPTED = b"\x01"
-
-Move: TypeAlias = Callable[[int, int, int], object]
-"""Copies from address to address: target, source, how many bytes."""
 
 
 class _Offer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
@@ -198,13 +195,13 @@ class _ShmArena(RemoteArena):
         for run in runs:
             self._copy(run)
 
-    def _copy(self, run: Run, move: Move = copy_memory) -> None:
+    def _copy(self, run: Run, copy: Copy = copy_memory) -> None:
         if not self._memory:  # it waited for its turn until the end
             raise PlaneUnavailable(f"shm: {self._why}")
         rows, nbytes = run.rows, run.nbytes
         source = rows.address(run.first)
         if source is not None:
-            move(self._address + run.offset, source, nbytes)
+            copy(self._address + run.offset, source, nbytes)
             return
         on_device = rows.on_device
         if on_device is not None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from aiomm.buffers.arrays import address_of
+from aiomm.buffers.memcpy import address_of
 from aiomm.gpu import bindings
 from aiomm.gpu.lanes import Mark, finished, lanes_of
 from aiomm.gpu.memory import DeviceMemory

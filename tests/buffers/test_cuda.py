@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from aiomm.buffers.arena import HostArena
-from aiomm.buffers.arrays import Array, address_of
+from aiomm.buffers.arrays import Array
 from aiomm.buffers.cuda import CudaArena, DeviceJoinedTensors
 from aiomm.buffers.layout import ByteRange, Layout
+from aiomm.buffers.memcpy import address_of
 from aiomm.buffers.received import PoolTensors
 from aiomm.buffers.tensors import rows_of
 from aiomm.errors import PlaneUnavailable, PoolClosed, Rejected

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aiomm.buffers.arrays import address_of, array_over
+from aiomm.buffers.arrays import array_over
+from aiomm.buffers.memcpy import address_of
 from aiomm.buffers.spare import UNIT_NBYTES, SpareMemory
 from aiomm.types import Field
 

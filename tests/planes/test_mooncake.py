@@ -12,7 +12,7 @@ import pytest
 
 import aiomm
 from aiomm.buffers.arena import Arena, HostArena
-from aiomm.buffers.arrays import address_of
+from aiomm.buffers.memcpy import address_of
 from aiomm.buffers.tensors import memory_of
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes.base import Place, Plane

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
-from ...buffers.arrays import address_of
+from ...buffers.memcpy import address_of
 from ...errors import PlaneUnavailable
 from ...gpu.lanes import Mark, lanes_of
 from ...gpu.runtime import Copy, GpuError, explained

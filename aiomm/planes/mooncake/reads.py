@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...buffers.arena import HostArena
-from ...buffers.arrays import address_of
 from ...buffers.cuda import CudaArena
+from ...buffers.memcpy import address_of
 from .library import TransferEngine
 
 __all__ = ["Reads", "Target", "target_in"]

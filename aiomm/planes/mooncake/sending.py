@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-from ...buffers.arrays import copy_bytes
+from ...buffers.memcpy import copy_bytes
 from ...errors import PlaneUnavailable, ProtocolError
 from ...gpu.lanes import finished
 from ...gpu.runtime import GpuError, explained

@@ -10,8 +10,8 @@ import asyncio
 from collections import deque
 from functools import partial
 
-from ...buffers.arrays import address_of
 from ...buffers.mapping import map_memory
+from ...buffers.memcpy import address_of
 from ...errors import PlaneUnavailable
 from ..copying import Copies
 from .engine import SharedEngine

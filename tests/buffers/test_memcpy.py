@@ -1,0 +1,176 @@
+"""Copies of bytes: all of them arrive, nothing beside them changes, and who has the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from aiomm.buffers import memcpy
+from aiomm.buffers.memcpy import Copy, address_of, copy_bytes, copy_memory
+
+STREAM_NBYTES = 256 * 1024
+"""From here on `_memcpy.c` streams; libc does what it wants."""
+PAGE = 4096
+MARGIN = 64
+LENGTHS = (
+    *(0, 1, 63, 64, 65, PAGE, STREAM_NBYTES - 1),
+    *(STREAM_NBYTES + more for more in (0, 1, 63, 64, PAGE - 1, 4 * PAGE - 1, 4 * PAGE + 65)),
+    (1 << 20) + 12345,
+)
+RANDOM = random.Random(7).randbytes(max(LENGTHS) + 2 * MARGIN)
+WITHOUT_COMPILED = """
+import sys
+sys.modules["aiomm.buffers._memcpy"] = None  # as if nobody had compiled it
+import asyncio, aiomm
+from aiomm.buffers.memcpy import is_streaming
+
+async def main():
+    schema = aiomm.Schema(rows=aiomm.Field("uint8", 4096))
+    content = bytes(range(256)) * 16 * 512
+    async with (
+        aiomm.Receiver(schema, bind="tcp://127.0.0.1:*") as receiver,
+        aiomm.Sender(schema) as sender,
+    ):
+        sending = asyncio.create_task(sender.send(receiver.expect("r"), {"rows": content}))
+        async with receiver.receive("r") as lease:
+            equal = bytes(memoryview(lease["rows"].numpy()).cast("B")) == content
+        print(is_streaming, equal, (await sending).plane)
+
+asyncio.run(main())
+"""
+
+
+def copies() -> Iterator[Any]:
+    for name, made in (("compiled", memcpy._compiled), ("libc", memcpy._libc)):
+        for which, keeps in enumerate(("with the GIL", "without")):
+            yield pytest.param((made, which), id=f"{name} {keeps}")
+
+
+@pytest.fixture
+def copy(request: pytest.FixtureRequest) -> Copy:
+    made, which = request.param
+    if made is memcpy._compiled and not memcpy.is_streaming:
+        pytest.skip("aiomm was installed without a C compiler")
+    pair: tuple[Copy, Copy] = made()
+    return pair[which]
+
+
+every_copy = pytest.mark.parametrize("copy", list(copies()), indirect=True)
+
+
+def test_it_is_compiled_where_there_is_a_compiler() -> None:
+    """Else what follows would test half of it, and nobody would know."""
+    compiler = subprocess.run(["cc", "--version"], capture_output=True, check=False)
+    if compiler.returncode:
+        pytest.skip("there is no C compiler here")
+    assert memcpy.is_streaming
+
+
+@every_copy
+@pytest.mark.parametrize("nbytes", LENGTHS)
+def test_every_byte_arrives_and_none_beside_it_changes(copy: Copy, nbytes: int) -> None:
+    """From and to any alignment."""
+    source = bytearray(RANDOM)
+    for target_skip, source_skip in ((0, 0), (1, 0), (0, 1), (63, 17), (16, 48)):
+        target = bytearray(len(source) + MARGIN)
+        start = MARGIN + target_skip
+        copy(
+            address_of(memoryview(target)) + start,
+            address_of(memoryview(source)) + source_skip,
+            nbytes,
+        )
+        assert target[start : start + nbytes] == source[source_skip : source_skip + nbytes]
+        assert not any(target[:start])
+        assert not any(target[start + nbytes :])
+    assert source == RANDOM
+
+
+@every_copy
+def test_what_is_no_address_or_length_is_refused(copy: Copy) -> None:
+    refused = (TypeError, ctypes.ArgumentError)
+    for arguments in ((0, 0), (0, 0.5, 0), (0, 0, "1")):
+        with pytest.raises(refused):
+            copy(*arguments)
+
+
+@pytest.mark.parametrize("made", [memcpy._compiled, memcpy._libc])
+def test_other_threads_run_only_during_a_copy_that_lets_them(
+    made: Callable[[], tuple[Copy, Copy]],
+) -> None:
+    if made is memcpy._compiled and not memcpy.is_streaming:
+        pytest.skip("aiomm was installed without a C compiler")
+    with_gil, without_gil = made()
+    memory = memoryview(bytearray(128 << 20))
+    half = memory.nbytes // 2
+    address = address_of(memory)
+    turns = 0
+    is_over = False
+
+    def count() -> None:
+        nonlocal turns
+        while not is_over:
+            turns += 1
+            time.sleep(0)  # whoever waits for the GIL gets it
+
+    def turns_during(copy: Copy) -> int:
+        before = turns
+        copy(address, address + half, half)
+        return turns - before
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(20)  # nobody is made to give it away
+    counting = threading.Thread(target=count)
+    try:
+        counting.start()
+        assert any(turns_during(without_gil) for _ in range(100))
+        assert not any(turns_during(with_gil) for _ in range(5))
+    finally:
+        is_over = True
+        sys.setswitchinterval(interval)
+        counting.join()
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 1 << 16, (1 << 16) + 1, (1 << 20) + 1])
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_bytes_are_copied_from_read_only_memory_too(
+    nbytes: int, kind: type[bytes | bytearray]
+) -> None:
+    source = memoryview(kind(RANDOM[:nbytes] if nbytes < len(RANDOM) else RANDOM * 2))[:nbytes]
+    target = bytearray(nbytes + 1)
+    copy_bytes(memoryview(target)[:nbytes], source)
+    assert target[:nbytes] == source
+    assert target[nbytes] == 0
+
+
+def test_the_address_says_where_read_only_bytes_lie() -> None:
+    """So that it is they that are read, not what the memoryview is of."""
+    source = bytearray(RANDOM)
+    target = bytearray(len(source))
+    lying = memoryview(bytes(len(source)))
+    copy_bytes(memoryview(target), lying, address_of(memoryview(source)))
+    assert target == source
+
+
+def test_short_copies_keep_the_gil(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[str, int]] = []
+    for name in ("copy_with_gil", "copy_without_gil"):
+        record = lambda target, source, nbytes, name=name: taken.append((name, nbytes))  # noqa: E731
+        monkeypatch.setattr(memcpy, name, record)
+    for nbytes in (1, memcpy.GIL_NBYTES, memcpy.GIL_NBYTES + 1):
+        copy_memory(0, 0, nbytes)
+    assert [name for name, _ in taken] == ["copy_with_gil", "copy_with_gil", "copy_without_gil"]
+
+
+def test_aiomm_works_without_the_compiled_part() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILED], capture_output=True, text=True, check=False
+    )
+    assert (run.stdout.split(), run.stderr) == (["False", "True", "shm"], "")
