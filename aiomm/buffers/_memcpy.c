@@ -11,6 +11,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
@@ -61,6 +62,15 @@ stream(char *target, const char *source, size_t nbytes)
 #define stream memcpy
 #endif
 
+static void
+copy_bytes(char *target, const char *source, size_t nbytes)
+{
+    if (nbytes < STREAM_NBYTES)
+        memcpy(target, source, nbytes);
+    else
+        stream(target, source, nbytes);
+}
+
 static PyObject *
 copy(PyObject *const *arguments, Py_ssize_t count, bool keep_gil)
 {
@@ -74,10 +84,7 @@ copy(PyObject *const *arguments, Py_ssize_t count, bool keep_gil)
     if (PyErr_Occurred())
         return NULL;
     PyThreadState *state = keep_gil ? NULL : PyEval_SaveThread();
-    if (nbytes < STREAM_NBYTES)
-        memcpy(target, source, nbytes);
-    else
-        stream(target, source, nbytes);
+    copy_bytes(target, source, nbytes);
     if (state != NULL)
         PyEval_RestoreThread(state);
     Py_RETURN_NONE;
@@ -95,11 +102,52 @@ copy_without_gil(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssi
     return copy(arguments, count, false);
 }
 
+typedef struct {
+    uint64_t target, source, nbytes;
+} Copy;
+
+static PyObject *
+copy_shared(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    Py_buffer copies, next;
+
+    if (count != 2) {
+        PyErr_Format(PyExc_TypeError, "wanted copies, next; got %zd arguments", count);
+        return NULL;
+    }
+    if (PyObject_GetBuffer(arguments[0], &copies, PyBUF_SIMPLE) != 0)
+        return NULL;
+    if (PyObject_GetBuffer(arguments[1], &next, PyBUF_WRITABLE) != 0) {
+        PyBuffer_Release(&copies);
+        return NULL;
+    }
+    if (copies.len % sizeof(Copy) != 0 || next.len != sizeof(uint64_t)) {
+        PyErr_SetString(PyExc_ValueError, "copies are three numbers of 8 bytes each, next is one");
+    } else {
+        const Copy *all = copies.buf;
+        const uint64_t num_copies = copies.len / sizeof(Copy);
+        _Atomic uint64_t *taken = next.buf;
+        Py_BEGIN_ALLOW_THREADS
+        for (uint64_t at; (at = atomic_fetch_add(taken, 1)) < num_copies;)
+            copy_bytes((char *)all[at].target, (const char *)all[at].source, all[at].nbytes);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&next);
+    PyBuffer_Release(&copies);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"copy_with_gil", (PyCFunction)(void (*)(void))copy_with_gil, METH_FASTCALL,
      "copy_with_gil(target, source, nbytes)\n--\n\nCopy bytes from address to address."},
     {"copy_without_gil", (PyCFunction)(void (*)(void))copy_without_gil, METH_FASTCALL,
      "copy_without_gil(target, source, nbytes)\n--\n\nDo the same; other threads run meanwhile."},
+    {"copy_shared", (PyCFunction)(void (*)(void))copy_shared, METH_FASTCALL,
+     "copy_shared(copies, next)\n--\n\n"
+     "Make the copies that no other thread takes, without the GIL, until all are taken.\n\n"
+     "Each is three numbers: target, source, nbytes. `next` counts, from 0, those taken."},
     {NULL, NULL, 0, NULL},
 };
 

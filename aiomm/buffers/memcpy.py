@@ -7,12 +7,15 @@ elsewhere they are libc's, which take half as long again.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import threading
+from array import array
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 __all__ = [
     "Copy",
+    "SharedCopies",
     "address_of",
     "copy_bytes",
     "copy_memory",
@@ -27,32 +30,53 @@ GIL_NBYTES = 1 << 20
 """Up to here a copy keeps the GIL: taking it back beside a busy thread costs up to 5 ms."""
 SLICE_NBYTES = 1 << 16
 """Up to here it takes longer to find the address of bytes than to copy them as a slice."""
+PIECE_NBYTES = 1 << 20
+"""What a thread takes at once of copies that it shares with others."""
 
 
-def _libc() -> tuple[Copy, Copy]:
-    """Return the copy that keeps the GIL, and the one that does not."""
+class _Functions(NamedTuple):
+    with_gil: Copy
+    without_gil: Copy
+    shared: Callable[[array[int], array[int]], object]
+    """Makes one copy after the other, without the GIL, until others have taken the last."""
+
+
+def _compiled() -> _Functions:
+    """Return our own.
+
+    Raises:
+        ImportError: they were not compiled.
+    """
+    module = import_module("._memcpy", __package__)
+    return _Functions(module.copy_with_gil, module.copy_without_gil, module.copy_shared)
+
+
+def _libc() -> _Functions:
+    """Return what there is everywhere."""
     copies = ctypes.PyDLL(None).memmove, ctypes.CDLL(None).memmove
     for copy in copies:
         copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
         copy.restype = None
-    return copies
+    with_gil, without_gil = copies
+    lock = threading.Lock()
 
+    def shared(copies: array[int], taken: array[int]) -> None:
+        while True:
+            with lock:
+                first = 3 * taken[0]
+                taken[0] += 1
+            if first >= len(copies):
+                return
+            without_gil(*copies[first : first + 3])
 
-def _compiled() -> tuple[Copy, Copy]:
-    """Return the same of ours.
-
-    Raises:
-        ImportError: it was not compiled.
-    """
-    module = import_module("._memcpy", __package__)
-    return module.copy_with_gil, module.copy_without_gil
+    return _Functions(with_gil, without_gil, shared)
 
 
 try:
-    copy_with_gil, copy_without_gil = _compiled()
+    copy_with_gil, copy_without_gil, _copy_shared = _compiled()
     is_streaming = True
 except ImportError:
-    copy_with_gil, copy_without_gil = _libc()
+    copy_with_gil, copy_without_gil, _copy_shared = _libc()
     is_streaming = False
 
 
@@ -60,6 +84,30 @@ def copy_memory(target: int, source: int, nbytes: int) -> None:
     """Copy bytes from address to address; the GIL is released for large copies."""
     copy = copy_with_gil if nbytes <= GIL_NBYTES else copy_without_gil
     copy(target, source, nbytes)
+
+
+class SharedCopies:
+    """Copies that several threads make together, each the next that none has taken.
+
+    So they end together, whether one begins late or shares its processor with somebody else.
+
+    Args:
+        copies: from address to address: target, source, how many bytes.
+        owners: of the memory, which is kept as long as this object is.
+    """
+
+    def __init__(self, copies: Iterable[tuple[int, int, int]], owners: object) -> None:
+        self._owners = owners
+        pieces: list[int] = []
+        for target, source, nbytes in copies:
+            for start in range(0, nbytes, PIECE_NBYTES):
+                pieces += target + start, source + start, min(PIECE_NBYTES, nbytes - start)
+        self._pieces = array("Q", pieces)
+        self._taken = array("Q", [0])
+
+    def run(self) -> None:
+        """Take part until nothing is left to take; what others have taken may still run."""
+        _copy_shared(self._pieces, self._taken)
 
 
 def copy_bytes(target: memoryview, source: memoryview, source_address: int | None = None) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..errors import Rejected
-from ..types import Extent, Schema, part_of
-from .arena import Arena
+from ..types import Extent, Schema
+from .arena import Arena, HostArena
 from .arrays import Array, array_over
 from .layout import Layout
-from .memcpy import copy_bytes
+from .memcpy import SharedCopies, address_of
 from .spare import PrivateMemory, SpareMemory
 
 __all__ = ["JoinedTensors", "PoolTensors"]
@@ -75,7 +75,7 @@ class JoinedTensors:
             Rejected: there is no memory for them (retryable).
         """
         first, stop = self._place(extents)
-        self._copy(layout, arena, extents, first)
+        self._copies(layout, arena, extents, first).run()
         self.num_tokens = stop
 
     def appending(
@@ -92,13 +92,9 @@ class JoinedTensors:
         if self._limit is None or num_shares == 1:
             return [partial(self.append, layout, arena, extents)]
         first, stop = self._place(extents)
-        works: list[Callable[[], None]] = []
-        step = max(1, -(-(stop - first) // num_shares))
-        for skip in range(0, stop - first, step):
-            share = part_of(tuple(extents), skip, min(step, stop - first - skip))
-            works.append(partial(self._copy, layout, arena, share, first + skip))
+        copies = self._copies(layout, arena, extents, first)
         self.num_tokens = stop
-        return works
+        return [copies.run] * num_shares
 
     def tensors(self) -> dict[str, Array]:
         """Return the tokens that are here as tensors `[num_tokens, *shape]`, sharing the memory.
@@ -122,16 +118,23 @@ class JoinedTensors:
         self._make_room(stop)
         return self.num_tokens, stop
 
-    def _copy(self, layout: Layout, arena: Arena, extents: Sequence[Extent], first: int) -> None:
-        """Copy the tokens of `extents` to token `first` and behind. Blocks."""
+    def _copies(
+        self, layout: Layout, arena: Arena, extents: Sequence[Extent], first: int
+    ) -> SharedCopies:
+        """Return the copies of the tokens of `extents` to token `first` and behind."""
+        assert isinstance(arena, HostArena)
+        pool = arena.view(0, arena.nbytes)
+        pool_address, owners = address_of(pool), [pool]
+        copies: list[tuple[int, int, int]] = []
         for name, field in self.schema.items():
             joined = self._view(name)
-            offset = first * field.row_nbytes
+            owners.append(joined)
+            target = address_of(joined) + first * field.row_nbytes
             for extent in extents:
                 start, end = layout.field_range(name, extent)
-                chunk = arena.read(start, end - start)
-                copy_bytes(joined[offset : offset + chunk.nbytes], chunk)
-                offset += chunk.nbytes
+                copies.append((target, pool_address + start, end - start))
+                target += end - start
+        return SharedCopies(copies, owners)
 
     def _view(self, name: str) -> memoryview:
         memory = self._memory[name]

@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from ..buffers.arena import Arena
-from ..buffers.memcpy import Copy, address_of, copy_memory, copy_with_gil
+from ..buffers.memcpy import Copy, SharedCopies, address_of, copy_memory, copy_with_gil
 from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
@@ -164,6 +164,9 @@ class _ShmArena(RemoteArena):
         elif self._copies.are_late:
             await self._loop_copies.run(self._copy, runs)
             self._copies.look_again()
+        elif all(map(_is_dense, runs)):
+            shared = SharedCopies(map(self._dense, runs), runs)
+            await self._copies.run_all([shared.run] * self._copies.num_shares(int(nbytes)))
         else:
             await self._copies.share_out(self._copy_all, runs)
 
@@ -195,20 +198,25 @@ class _ShmArena(RemoteArena):
         for run in runs:
             self._copy(run)
 
+    def _dense(self, run: Run) -> tuple[int, int, int]:
+        """Return the addresses to and from which a dense run is copied, and its bytes."""
+        source = run.rows.address(run.first)
+        assert source is not None
+        return self._address + run.offset, source, run.nbytes
+
     def _copy(self, run: Run, copy: Copy = copy_memory) -> None:
         if not self._memory:  # it waited for its turn until the end
             raise PlaneUnavailable(f"shm: {self._why}")
-        rows, nbytes = run.rows, run.nbytes
-        source = rows.address(run.first)
-        if source is not None:
-            copy(self._address + run.offset, source, nbytes)
+        if _is_dense(run):
+            copy(*self._dense(run))
             return
+        rows = run.rows
         on_device = rows.on_device
         if on_device is not None:
             with self._pin_lock:
                 if self._pin is None:
                     self._pin = Pin(on_device.runtime, on_device.device, self._memory)
-        target = self._memory[run.offset : run.offset + nbytes]
+        target = self._memory[run.offset : run.offset + run.nbytes]
         rows.copy_into(target, run.first, run.count)
 
     def _hear(self) -> None:

@@ -10,14 +10,17 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from aiomm.buffers import memcpy
-from aiomm.buffers.memcpy import Copy, address_of, copy_bytes, copy_memory
+from aiomm.buffers.memcpy import Copy, SharedCopies, address_of, copy_bytes, copy_memory
 
 STREAM_NBYTES = 256 * 1024
 """From here on `_memcpy.c` streams; libc does what it wants."""
@@ -51,22 +54,21 @@ asyncio.run(main())
 """
 
 
-def copies() -> Iterator[Any]:
-    for name, made in (("compiled", memcpy._compiled), ("libc", memcpy._libc)):
-        for which, keeps in enumerate(("with the GIL", "without")):
-            yield pytest.param((made, which), id=f"{name} {keeps}")
-
-
-@pytest.fixture
-def copy(request: pytest.FixtureRequest) -> Copy:
-    made, which = request.param
-    if made is memcpy._compiled and not memcpy.is_streaming:
+def functions_of(name: str) -> memcpy._Functions:
+    if name == "compiled" and not memcpy.is_streaming:
         pytest.skip("aiomm was installed without a C compiler")
-    pair: tuple[Copy, Copy] = made()
-    return pair[which]
+    return memcpy._compiled() if name == "compiled" else memcpy._libc()
 
 
-every_copy = pytest.mark.parametrize("copy", list(copies()), indirect=True)
+@pytest.fixture(params=["compiled", "libc"])
+def functions(request: pytest.FixtureRequest) -> memcpy._Functions:
+    return functions_of(request.param)
+
+
+@pytest.fixture(params=["with_gil", "without_gil"])
+def copy(functions: memcpy._Functions, request: pytest.FixtureRequest) -> Copy:
+    made: Copy = getattr(functions, request.param)
+    return made
 
 
 def test_it_is_compiled_where_that_is_possible() -> None:
@@ -78,7 +80,6 @@ def test_it_is_compiled_where_that_is_possible() -> None:
     assert memcpy.is_streaming
 
 
-@every_copy
 @pytest.mark.parametrize("nbytes", LENGTHS)
 def test_every_byte_arrives_and_none_beside_it_changes(copy: Copy, nbytes: int) -> None:
     """From and to any alignment."""
@@ -97,7 +98,6 @@ def test_every_byte_arrives_and_none_beside_it_changes(copy: Copy, nbytes: int) 
     assert source == RANDOM
 
 
-@every_copy
 def test_what_is_no_address_or_length_is_refused(copy: Copy) -> None:
     refused = (TypeError, ctypes.ArgumentError)
     for arguments in ((0, 0), (0, 0.5, 0), (0, 0, "1")):
@@ -105,16 +105,9 @@ def test_what_is_no_address_or_length_is_refused(copy: Copy) -> None:
             copy(*arguments)
 
 
-@pytest.mark.parametrize("made", [memcpy._compiled, memcpy._libc])
-def test_other_threads_run_only_during_a_copy_that_lets_them(
-    made: Callable[[], tuple[Copy, Copy]],
-) -> None:
-    if made is memcpy._compiled and not memcpy.is_streaming:
-        pytest.skip("aiomm was installed without a C compiler")
-    with_gil, without_gil = made()
+def test_other_threads_run_only_during_copies_that_let_them(functions: memcpy._Functions) -> None:
     memory = memoryview(bytearray(128 << 20))
-    half = memory.nbytes // 2
-    address = address_of(memory)
+    half, address = memory.nbytes // 2, address_of(memory)
     turns = 0
     is_over = False
 
@@ -124,22 +117,95 @@ def test_other_threads_run_only_during_a_copy_that_lets_them(
             turns += 1
             time.sleep(0)  # whoever waits for the GIL gets it
 
-    def turns_during(copy: Copy) -> int:
+    def turns_during(work: Callable[[], object]) -> int:
         before = turns
-        copy(address, address + half, half)
+        work()
         return turns - before
+
+    def copy_by(copy: Copy) -> Callable[[], object]:
+        return lambda: copy(address, address + half, half)
+
+    def copy_pieces() -> None:
+        """None of which is long."""
+        pieces = [(address + at, address + half + at, 1 << 16) for at in range(0, half, 1 << 16)]
+        functions.shared(array("Q", chain.from_iterable(pieces)), array("Q", [0]))
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(20)  # nobody is made to give it away
     counting = threading.Thread(target=count)
     try:
         counting.start()
-        assert any(turns_during(without_gil) for _ in range(100))
-        assert not any(turns_during(with_gil) for _ in range(5))
+        assert any(turns_during(copy_by(functions.without_gil)) for _ in range(100))
+        assert any(turns_during(copy_pieces) for _ in range(100))
+        assert not any(turns_during(copy_by(functions.with_gil)) for _ in range(5))
     finally:
         is_over = True
         sys.setswitchinterval(interval)
         counting.join()
+
+
+def pieces_in(memory: bytearray, nbytes: int) -> array[int]:
+    """Copies of the first `nbytes` to behind them, in pieces that get longer."""
+    address, pieces = address_of(memoryview(memory)), array("Q")
+    at, step = 0, 0
+    while at < nbytes:
+        step = min(step + 997, nbytes - at)
+        pieces.extend((address + nbytes + at, address + at, step))
+        at += step
+    return pieces
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_threads_make_each_shared_copy_once(functions: memcpy._Functions, num_threads: int) -> None:
+    nbytes = 1 << 20
+    memory = bytearray(RANDOM[:nbytes] + bytes(nbytes))
+    pieces, taken = pieces_in(memory, nbytes), array("Q", [0])
+    with ThreadPoolExecutor(num_threads) as threads:
+        for done in [threads.submit(functions.shared, pieces, taken) for _ in range(num_threads)]:
+            done.result()
+    assert memory[nbytes:] == RANDOM[:nbytes]
+    assert taken[0] == len(pieces) // 3 + num_threads  # each has found once that none is left
+    memory[:nbytes] = bytes(nbytes)
+    functions.shared(pieces, taken)
+    assert memory[nbytes:] == RANDOM[:nbytes]
+
+
+def test_what_are_no_copies_is_refused() -> None:
+    shared = functions_of("compiled").shared
+    for copies, taken in (
+        (array("Q", [0, 0]), array("Q", [0])),
+        (array("Q", [0, 0, 0]), array("Q")),
+        (array("Q", [0, 0, 0]), array("I", [0])),
+    ):
+        with pytest.raises(ValueError, match="three numbers of 8 bytes each"):
+            shared(copies, taken)
+    for arguments in ((array("Q"),), (array("Q"), b"12345678"), (None, array("Q", [0]))):
+        with pytest.raises((TypeError, BufferError)):
+            shared(*arguments)
+
+
+def test_shared_copies_are_cut_so_that_all_threads_get_some() -> None:
+    source, target = bytearray(RANDOM * 2), bytearray(2 * len(RANDOM))
+    to, at = address_of(memoryview(target)), address_of(memoryview(source))
+    rest = len(source) - 5
+    copies = SharedCopies([(to, at, 5), (to + 5, at + 5, 0), (to + 5, at + 5, rest)], source)
+    assert len(copies._pieces) == 3 * (1 + -(-rest // memcpy.PIECE_NBYTES))
+    copies.run()
+    assert target == source
+
+
+def test_shared_copies_keep_their_memory() -> None:
+    class Owner:
+        pass
+
+    owner = Owner()
+    alive = weakref.ref(owner)
+    copies = SharedCopies([], owner)
+    del owner
+    assert alive() is not None
+    copies.run()
+    del copies
+    assert alive() is None
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 1 << 16, (1 << 16) + 1, (1 << 20) + 1])

@@ -9,16 +9,18 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.resource_tracker import ensure_running
 
 import pytest
 
 from aiomm.buffers.arena import Arena, HostArena
+from aiomm.buffers.memcpy import SharedCopies
 from aiomm.buffers.shm import MemfdArena
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes import copying, handover, shm
-from aiomm.planes.base import Plane, Run
+from aiomm.planes.base import Plane
 from aiomm.planes.shm import ShmPlane
 
 from .contract import (
@@ -135,13 +137,16 @@ class TestShmPlane(PlaneContract):
         link = await self.open_link(16 << 20)
         assert isinstance(link.remote, shm._ShmArena)
         copiers: set[str] = set()
-        copy = link.remote._copy
 
-        def noted(run: Run) -> None:
-            copiers.add(threading.current_thread().name.partition("_")[0])
-            copy(run)
+        def noted(copy: Callable[..., None]) -> Callable[..., None]:
+            def copy_and_note(*arguments: object) -> None:
+                copiers.add(threading.current_thread().name.partition("_")[0])
+                copy(*arguments)
 
-        monkeypatch.setattr(link.remote, "_copy", noted)
+            return copy_and_note
+
+        monkeypatch.setattr(link.remote, "_copy", noted(link.remote._copy))
+        monkeypatch.setattr(SharedCopies, "run", noted(SharedCopies.run))
         monkeypatch.setattr(copying, "LATE_SECONDS", 20.0)
         link.remote._copies.look_again()  # the attachment itself may have met a busy machine
         await link.remote._copies.drain()
