@@ -6,17 +6,22 @@ import asyncio
 import json
 import os
 import signal
+import socket
+import sys
 import threading
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from aiomm.bench.busy import Spinner
 from aiomm.bench.heartbeat import Heart
 from aiomm.bench.plan import Busy, Plan, Process, size_from, size_name
 from aiomm.bench.results import peers_from
+from aiomm.cli.running import Exit
 from tests.command import command, outcome_of
 from tests.processes import until
 
@@ -223,6 +228,47 @@ async def test_a_plane_that_cannot_be_used_is_named() -> None:
 def children_of(pid: int) -> list[int]:
     """Return the numbers of the processes that a process has started, oldest first."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_the_switch_interval_is_for_both_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from aiomm.bench import __main__ as process
+    from aiomm.cli import bench as command
+    from aiomm.cli.app import app
+
+    plans: list[Plan] = []
+
+    async def noted(plan: Plan, *_: object, **__: object) -> Exit:
+        plans.append(plan)
+        return Exit.OK
+
+    monkeypatch.setattr(command, "measure", noted)
+    for arguments in (["bench"], ["bench", "--switch-interval", "0.5"]):
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert [plan.switch_interval for plan in plans] == [sys.getswitchinterval(), 0.0005]
+
+    intervals: list[float] = []
+
+    def run(work: Coroutine[Any, Any, None]) -> int:
+        work.close()
+        intervals.append(sys.getswitchinterval())
+        return 0
+
+    monkeypatch.setattr(process, "_run", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    before = sys.getswitchinterval()
+    try:
+        for name in ("language", "encoder"):
+            ours, theirs = socket.socketpair()
+            encoded = msgspec.json.encode(plans[1]).decode()
+            monkeypatch.setattr(sys, "argv", ["bench", name, str(ours.detach()), encoded])
+            with theirs, pytest.raises(SystemExit, match="0"):
+                process.main()
+            sys.setswitchinterval(before)
+    finally:
+        sys.setswitchinterval(before)
+    assert intervals == [0.0005, 0.0005]
 
 
 @pytest.mark.parametrize("which", ["language", "encoder", "command"])

@@ -30,6 +30,7 @@ def main() -> None:
         sys.exit("usage: python -m aiomm.bench language|encoder FD PLAN")
     name, descriptor, encoded = sys.argv[1:]
     plan = msgspec.json.decode(encoded, type=Plan)
+    sys.setswitchinterval(plan.switch_interval)
     with socket.socket(fileno=int(descriptor)) as link:
         sys.exit(_run(_work(name, plan, link)))
 

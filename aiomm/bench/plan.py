@@ -110,6 +110,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The pool holds a quarter of the tokens; not together with `resume`."""
     busy: Busy | None = None
     """Where a thread spins during some transfers; only back to back, one at a time."""
+    switch_interval: float = 0.005
+    """Seconds after which a thread gives up the GIL, in both processes."""
     heartbeat: bool = False
     """Find out for how long the loops are held."""
     checksum: bool = False

@@ -306,6 +306,7 @@ def bench(
     resume: bench_options.ResumeOption = False,
     stream: bench_options.StreamOption = False,
     busy: bench_options.BusyOption = None,
+    switch_interval: bench_options.SwitchIntervalOption = 5.0,
     heartbeat: bench_options.HeartbeatOption = False,
     checksum: bench_options.ChecksumOption = False,
     as_json: JsonOption = False,
@@ -332,6 +333,7 @@ def bench(
         resume=resume,
         stream=stream,
         busy=busy.value if busy else None,
+        switch_interval=switch_interval / 1000,
         heartbeat=heartbeat,
         checksum=checksum,
     )

@@ -24,6 +24,7 @@ __all__ = [
     "SaveOption",
     "SizesOption",
     "StreamOption",
+    "SwitchIntervalOption",
 ]
 
 
@@ -70,6 +71,15 @@ StreamOption = Annotated[
 BusyOption = Annotated[
     BusyChoice | None,
     typer.Option(help="Measure also beside a thread that spins there, in pure Python."),
+]
+SwitchIntervalOption = Annotated[
+    float,
+    typer.Option(
+        metavar="MS",
+        min=0.001,
+        max=1000.0,
+        help="After so long a thread gives up the GIL, in both processes (sys.setswitchinterval).",
+    ),
 ]
 HeartbeatOption = Annotated[
     bool, typer.Option("--heartbeat", help="Find out for how long the loops are held.")
