@@ -87,6 +87,6 @@ gpu-wheels: setup
 		--python-version $(WHEELS_PYTHON) --target .wheels/site msgspec pyzmq
 
 clean:
-	rm -rf $(VENV) build dist aiomm.egg-info aiomm/buffers/*.so htmlcov .coverage* .hypothesis .import_linter_cache .mypy_cache \
-		.pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist aiomm.egg-info aiomm/buffers/*.so htmlcov .coverage* .hypothesis \
+		.import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
