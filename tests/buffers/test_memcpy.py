@@ -144,30 +144,35 @@ def test_other_threads_run_only_during_copies_that_let_them(functions: memcpy._F
         counting.join()
 
 
-def pieces_in(memory: bytearray, nbytes: int) -> array[int]:
-    """Copies of the first `nbytes` to behind them, in pieces that get longer."""
-    address, pieces = address_of(memoryview(memory)), array("Q")
-    at, step = 0, 0
-    while at < nbytes:
-        step = min(step + 997, nbytes - at)
-        pieces.extend((address + nbytes + at, address + at, step))
-        at += step
-    return pieces
-
-
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
-def test_threads_make_each_shared_copy_once(functions: memcpy._Functions, num_threads: int) -> None:
+def test_threads_make_all_shared_copies(functions: memcpy._Functions, num_threads: int) -> None:
     nbytes = 1 << 20
     memory = bytearray(RANDOM[:nbytes] + bytes(nbytes))
-    pieces, taken = pieces_in(memory, nbytes), array("Q", [0])
-    with ThreadPoolExecutor(num_threads) as threads:
-        for done in [threads.submit(functions.shared, pieces, taken) for _ in range(num_threads)]:
-            done.result()
+    source = address_of(memoryview(memory))
+    pieces, taken = array("Q"), array("Q", [0])
+    for at in range(0, nbytes, 997):
+        pieces.extend((source + nbytes + at, source + at, min(997, nbytes - at)))
+    by_threads(num_threads, lambda: functions.shared(pieces, taken))
     assert memory[nbytes:] == RANDOM[:nbytes]
-    assert taken[0] == len(pieces) // 3 + num_threads  # each has found once that none is left
     memory[:nbytes] = bytes(nbytes)
-    functions.shared(pieces, taken)
+    functions.shared(pieces, taken)  # none is left
     assert memory[nbytes:] == RANDOM[:nbytes]
+
+
+def test_each_shared_copy_is_taken_by_one_thread() -> None:
+    """So many that they take longer than threads need to meet."""
+    shared, num_copies = functions_of("compiled").shared, 2_000_000
+    byte = bytearray(2)
+    address = address_of(memoryview(byte))
+    pieces, taken = array("Q", (address, address + 1, 1)) * num_copies, array("Q", [0])
+    by_threads(3, lambda: shared(pieces, taken))
+    assert taken[0] == num_copies + 3  # each thread finds once that none is left
+
+
+def by_threads(num_threads: int, work: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(num_threads) as threads:
+        for done in [threads.submit(work) for _ in range(num_threads)]:
+            done.result()
 
 
 def test_what_are_no_copies_is_refused() -> None:
