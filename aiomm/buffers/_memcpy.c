@@ -21,6 +21,7 @@
 #ifdef __SSE2__
 #include <emmintrin.h>
 
+#define IS_STREAMING 1
 #define LINE_NBYTES 64
 #define PAGE_NBYTES 4096
 #define NUM_PAGES 4 /* copied side by side: several banks of memory work at once */
@@ -58,7 +59,8 @@ stream(char *target, const char *source, size_t nbytes)
     memcpy(target, source, nbytes);
     _mm_sfence(); /* whoever is told of the copy afterwards finds all of it */
 }
-#else
+#else /* the copies are libc's, but those without the GIL are still made by one call */
+#define IS_STREAMING 0
 #define stream memcpy
 #endif
 
@@ -151,7 +153,16 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyModuleDef_Slot slots[] = {{0, NULL}};
+static int
+add_constants(PyObject *module)
+{
+    return PyModule_AddIntConstant(module, "IS_STREAMING", IS_STREAMING);
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, (void *)add_constants},
+    {0, NULL},
+};
 
 static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,

@@ -1,7 +1,7 @@
 """Copies of bytes, and who has the GIL meanwhile.
 
-They stream past the caches (`_memcpy.c`) where a C compiler was at hand when aiomm was installed;
-elsewhere they are libc's, which take half as long again.
+On x86-64 they stream past the caches (`_memcpy.c`) if a C compiler was at hand when aiomm was
+installed; elsewhere they are libc's, which take half as long again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Copy: TypeAlias = Callable[[int, int, int], object]
 
 GIL_NBYTES = 1 << 20
 """Up to here a copy keeps the GIL: taking it back beside a busy thread costs up to 5 ms."""
-SLICE_NBYTES = 1 << 16
-"""Up to here it takes longer to find the address of bytes than to copy them as a slice."""
+STREAM_NBYTES = 1 << 18
+"""From here on copies stream; what is shorter is copied as fast by a slice."""
 PIECE_NBYTES = 1 << 20
 """What a thread takes at once of copies that it shares with others."""
 
@@ -39,6 +39,7 @@ class _Functions(NamedTuple):
     without_gil: Copy
     shared: Callable[[array[int], array[int]], object]
     """Makes one copy after the other, without the GIL, until others have taken the last."""
+    is_streaming: bool
 
 
 def _compiled() -> _Functions:
@@ -48,7 +49,8 @@ def _compiled() -> _Functions:
         ImportError: they were not compiled.
     """
     module = import_module("._memcpy", __package__)
-    return _Functions(module.copy_with_gil, module.copy_without_gil, module.copy_shared)
+    functions = module.copy_with_gil, module.copy_without_gil, module.copy_shared
+    return _Functions(*functions, is_streaming=bool(module.IS_STREAMING))
 
 
 def _libc() -> _Functions:
@@ -69,15 +71,13 @@ def _libc() -> _Functions:
                 return
             without_gil(*copies[first : first + 3])
 
-    return _Functions(with_gil, without_gil, shared)
+    return _Functions(with_gil, without_gil, shared, is_streaming=False)
 
 
 try:
-    copy_with_gil, copy_without_gil, _copy_shared = _compiled()
-    is_streaming = True
+    copy_with_gil, copy_without_gil, _copy_shared, is_streaming = _compiled()
 except ImportError:
-    copy_with_gil, copy_without_gil, _copy_shared = _libc()
-    is_streaming = False
+    copy_with_gil, copy_without_gil, _copy_shared, is_streaming = _libc()
 
 
 def copy_memory(target: int, source: int, nbytes: int) -> None:
@@ -116,10 +116,11 @@ def copy_bytes(target: memoryview, source: memoryview, source_address: int | Non
     Args:
         target: writable bytes.
         source: bytes.
-        source_address: where `source` lies, needed only for large copies when it is read-only.
+        source_address: where `source` lies. If it is read-only, large copies need it, to stream
+            and to release the GIL.
     """
     nbytes = source.nbytes
-    if nbytes > SLICE_NBYTES:
+    if nbytes >= STREAM_NBYTES:
         if source_address is None and not source.readonly:
             source_address = address_of(source)
         if source_address is not None:

@@ -67,8 +67,7 @@ class JoinedTensors:
     def append(self, layout: Layout, arena: Arena, extents: Sequence[Extent]) -> None:
         """Copy the tokens of `extents` behind those that are here.
 
-        Blocks for some 0.1 to 0.6 ms per MiB; large copies release the GIL. Not after
-        :meth:`tensors`.
+        Blocks for some 0.1 to 0.6 ms per MiB, without the GIL. Not after :meth:`tensors`.
 
         Raises:
             ValueError: they are more than were to come.

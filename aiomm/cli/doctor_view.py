@@ -13,7 +13,8 @@ __all__ = ["show_findings"]
 
 COPIES = {
     "streaming": "past the caches",
-    "libc": "[yellow]libc's, which are slower: aiomm was installed without a C compiler[/yellow]",
+    "libc": "[yellow]libc's, which are slower: no C compiler when aiomm was installed, "
+    "or not x86-64[/yellow]",
 }
 
 
