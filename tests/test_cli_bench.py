@@ -126,11 +126,13 @@ async def test_one_heart_beats_for_all_that_is_in_flight() -> None:
 
 
 async def test_the_table_tells_of_a_busy_process_and_of_the_heartbeat() -> None:
-    done = await outcome_of("bench", *TINY, "--stream", "--busy", "encoder", "--heartbeat")
+    done = await outcome_of(
+        "bench", *TINY, "--stream", "--busy", "encoder", "--switch-interval", "0.5", "--heartbeat"
+    )
     assert (done.code, done.errors) == (0, ""), done
     for words in (
         "a quarter of each size",
-        "busy: the same while a thread spins in pure Python, in the encoder process",
+        "spins in pure Python, in the encoder process, which keeps the GIL for 0.5 ms",
         "loop held: encoder at most ",
         "loop held: language at most ",
     ):

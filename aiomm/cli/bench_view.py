@@ -96,7 +96,10 @@ def _explanations(results: Results) -> list[tuple[str, str]]:
     if plan.concurrency > 1:
         arrival = f"{plan.concurrency} transfers at a time, each claimed when the last is done"
         clock = "from the first claim to the last arrival, divided by the number of transfers"
-    busy = f"the same while a thread spins in pure Python, {BUSY[plan.busy]}" if plan.busy else ""
+    busy = ""
+    if plan.busy:
+        keeps = f"which keeps the GIL for {plan.switch_interval * 1e3:g} ms"
+        busy = f"the same while a thread spins in pure Python, {BUSY[plan.busy]}, {keeps}"
     return [
         ("machine", machine_line(machine())),
         ("plane", f"{results.plane} ({', '.join(extras)})"),
