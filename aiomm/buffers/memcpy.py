@@ -20,6 +20,7 @@ __all__ = [
     "copy_bytes",
     "copy_memory",
     "copy_with_gil",
+    "copy_without_gil",
     "is_streaming",
 ]
 

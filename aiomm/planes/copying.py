@@ -23,6 +23,7 @@ __all__ = [
     "CopyThreads",
     "LoopCopies",
     "LoopTime",
+    "begin_of",
     "check_runs",
     "num_processors",
     "part_of",
@@ -77,6 +78,13 @@ def pieces_of(run: Run, max_nbytes: int) -> Iterator[Run]:
     step = max(1, max_nbytes // run.rows.row_nbytes)
     for done in range(0, run.count, step):
         yield part_of(run, done, min(step, run.count - done))
+
+
+def begin_of(runs: Sequence[Run], max_nbytes: int) -> list[Run]:
+    """Return `runs` with the first one cut behind `max_nbytes`, or one row."""
+    first, *others = runs
+    count = min(first.count, max(1, max_nbytes // first.rows.row_nbytes))
+    return [part_of(first, 0, count), part_of(first, count, first.count - count), *others]
 
 
 def part_of(run: Run, done: int, count: int) -> Run:
@@ -161,8 +169,9 @@ class CopyThreads:
         self.share_nbytes = SHARE_NBYTES * (2 if processors <= FEW_PROCESSORS else 1)
         """What it is worth to wake a thread for."""
         self.are_late = False
-        """Whether works began late when the threads had nothing to do: others keep the GIL, or
-        the processors. To hand a copy over, and to be told of its end, may take longer than it."""
+        """Whether works began late when the threads had nothing to do, or would: others keep the
+        GIL, or the processors. To hand a copy over, and to be told of its end, may take longer
+        than it."""
         self._num_unfinished = 0
         self._lock = threading.Lock()
         self._holders = 0
@@ -257,6 +266,16 @@ class Copies:
     @property
     def are_late(self) -> bool:
         """Whether it takes threads long to begin; see :attr:`CopyThreads.are_late`."""
+        return self._threads.are_late
+
+    def probe(self, work: Callable[[], object]) -> bool:
+        """Do a little here, without the GIL; return whether to get it back has taken long.
+
+        Then threads would be late, too.
+        """
+        begun = time.monotonic()
+        work()
+        self._threads.are_late = time.monotonic() - begun > LATE_SECONDS
         return self._threads.are_late
 
     def look_again(self) -> None:

@@ -17,7 +17,15 @@ from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes import copying
 from aiomm.planes.base import Run
-from aiomm.planes.copying import Copies, CopyThreads, LoopCopies, LoopTime, pieces_of, shares_of
+from aiomm.planes.copying import (
+    Copies,
+    CopyThreads,
+    LoopCopies,
+    LoopTime,
+    begin_of,
+    pieces_of,
+    shares_of,
+)
 from aiomm.types import Field
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -142,6 +150,21 @@ async def test_works_that_begin_late_are_noticed_and_those_in_time_again(
 
 
 @pytest.mark.both_loops
+async def test_who_waits_long_for_the_gil_knows_that_threads_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copies, clock = Copies(CopyThreads("test")), Mock(monotonic=Mock(return_value=0.0))
+    monkeypatch.setattr(copying, "time", clock)
+    for seconds, is_late in ((0.001, False), (0.005, True), (0.001, False)):
+
+        def work(seconds: float = seconds) -> None:
+            clock.monotonic.return_value += seconds
+
+        assert copies.probe(work) is copies.are_late is is_late
+    await copies.aclose()
+
+
+@pytest.mark.both_loops
 async def test_works_that_wait_for_others_are_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have waited for long, but for copies of ours."""
     copies = Copies(CopyThreads("test"))
@@ -212,6 +235,22 @@ def test_shares_are_alike_and_of_whole_rows(
     assert told == shares
     for run in chain.from_iterable(shares_of(runs, num_shares)):
         assert run.offset % 1000 == run.first * 48
+
+
+@pytest.mark.parametrize(
+    ("max_nbytes", "cut"),
+    [
+        (1, [(0, 0, 1), (0, 1, 6), (1, 0, 2)]),
+        (100, [(0, 0, 2), (0, 2, 5), (1, 0, 2)]),
+        (1000, [(0, 0, 7), (0, 7, 0), (1, 0, 2)]),
+    ],
+)
+def test_the_begin_is_at_least_one_row_of_the_first_run(
+    max_nbytes: int, cut: list[tuple[int, int, int]]
+) -> None:
+    begun = begin_of([run_of(7, 48), run_of(2, 48, 1000)], max_nbytes)
+    assert [(run.offset // 1000, run.first, run.count) for run in begun] == cut
+    assert [run.offset % 1000 for run in begun] == [run.first * 48 for run in begun]
 
 
 def test_a_loop_that_is_closed_in_the_meantime_is_not_told() -> None:
