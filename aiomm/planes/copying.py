@@ -207,7 +207,7 @@ class CopyThreads:
             self._executor = self._make_executor()
         results: list[Any] = [None] * len(works)
         errors: list[BaseException] = []
-        running = set(range(len(works)))
+        pending, running = dict(enumerate(works)), set(range(len(works)))
         with self._lock:
             were_idle = not self._num_unfinished
             self._num_unfinished += 1
@@ -216,7 +216,8 @@ class CopyThreads:
         def run(number: int) -> None:
             begun[number] = time.monotonic()
             try:
-                results[number] = works[number]()
+                # Kept by nobody here, so that memory is free as soon as its last work is over.
+                results[number] = pending.pop(number)()
             except BaseException as exc:
                 errors.append(exc)
             with self._lock:

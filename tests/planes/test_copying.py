@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from itertools import chain, combinations
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -129,6 +131,34 @@ async def test_a_share_that_fails_is_told_when_the_others_have_ended() -> None:
     with pytest.raises(ZeroDivisionError):
         await copies.share_out(copy, [run_of(8, 1 << 20)])
     assert ended == [4]
+    await copies.aclose()
+
+
+@pytest.mark.both_loops
+async def test_a_work_that_is_over_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its thread may get no processor to say so to its executor."""
+    copies, go_on = Copies(CopyThreads("test")), threading.Event()
+    loop = asyncio.get_running_loop()
+    tell = loop.call_soon_threadsafe
+
+    def tell_and_wait(*arguments: Any) -> None:
+        tell(*arguments)
+        go_on.wait(10)
+
+    class Work:
+        def __call__(self) -> bool:
+            return True
+
+    slow_loop = Mock(call_soon_threadsafe=tell_and_wait, create_future=loop.create_future)
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: slow_loop)
+    work = Work()
+    alive = weakref.ref(work)
+    finished = copies.start([work])
+    monkeypatch.undo()
+    del work
+    assert await finished == [True]
+    assert alive() is None
+    go_on.set()
     await copies.aclose()
 
 
