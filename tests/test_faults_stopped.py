@@ -159,7 +159,7 @@ async def test_a_stopped_receiver(plane: str) -> None:
             if state is aiomm.State.SENDING:
                 break
         receiver.stop()
-        transfer.send(pattern(1, 700))
+        transfer.send(pattern(1, 1500))  # it takes a resume, so it cannot end meanwhile
         with pytest.raises(aiomm.TransferTimeout):
             await transfer
         receiver.resume()
