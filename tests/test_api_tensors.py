@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -11,8 +11,9 @@ import torch
 
 from aiomm import Field, Lease, Schema
 from aiomm._driver import receiving
-from aiomm.buffers.received import JoinedTensors
+from aiomm.buffers.memcpy import SharedCopies
 from aiomm.planes import copying
+from aiomm.planes.copying import Copies
 
 from .support import (
     assert_idle,
@@ -151,14 +152,18 @@ async def test_long_rows_leave_a_small_pool_by_as_many_threads_as_there_are(
     """40 MiB through 16 MiB, with a second field, once while blocks are short for others."""
     monkeypatch.setattr(copying, "num_processors", lambda: num_processors)
     monkeypatch.setattr(receiving, "num_processors", lambda: num_processors)
-    shares, appending = list[int](), JoinedTensors.appending
+    shares: dict[str, set[int]] = {"copy": set(), "join": set()}
+    monkeypatch.setattr(copying, "LATE_SECONDS", 20.0)
+    run_all = Copies.run_all
 
-    def noted(joined: JoinedTensors, *arguments: Any) -> list[Callable[[], None]]:
-        works = appending(joined, *arguments)
-        shares.append(len(works))
-        return works
+    async def noted(copies: Copies, works: Sequence[Callable[[], Any]]) -> list[Any]:
+        if copies._threads._name in shares and isinstance(
+            getattr(works[0], "__self__", None), SharedCopies
+        ):
+            shares[copies._threads._name].add(len(works))
+        return await run_all(copies, works)
 
-    monkeypatch.setattr(JoinedTensors, "appending", noted)
+    monkeypatch.setattr(Copies, "run_all", noted)
     rows = torch.randint(0, 255, (640, 1 << 16), dtype=torch.uint8, generator=_RANDOM)
     sent = {"rows": rows, "ids": torch.arange(640, dtype=torch.int32)}
     schema = Schema(rows=Field("uint8", 1 << 16), ids=Field("int32"))
@@ -178,4 +183,4 @@ async def test_long_rows_leave_a_small_pool_by_as_many_threads_as_there_are(
             assert not lease.is_view
             assert same(dict(lease), {name: tensor[:200] for name, tensor in sent.items()})
         assert_idle(receiver, sender)
-    assert (shares[0], max(shares)) == (moving, joining)
+    assert {name: max(each) for name, each in shares.items()} == {"copy": moving, "join": joining}

@@ -23,7 +23,7 @@ from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, er
 from ..gpu.lanes import Mark, finished
 from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Plane
-from ..planes.copying import MAX_THREADS, Copies, CopyThreads, num_processors
+from ..planes.copying import MAX_THREADS, Copies, CopyThreads, LoopCopies, num_processors
 from ..protocol.commands import (
     Command,
     CompareProbe,
@@ -152,6 +152,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
         self._making_room: asyncio.Task[None] | None = None
         self._joins, self._copies = _copies_for(device)
+        self._loop_copies = LoopCopies()
         self._checksums = Checksums()
         self._freed = asyncio.Event()
 
@@ -487,11 +488,13 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.pump()
 
     async def _append(self, joined: Joined, extents: tuple[Extent, ...], copies: Copies) -> None:
-        """Copy tokens out of the pool, by threads that share them."""
-        num_tokens = sum(extent.num_tokens for extent in extents)
-        num_shares = copies.num_shares(num_tokens * self.schema.token_nbytes)
-        works = joined.appending(self.layout, self.memory.arena, extents, num_shares)
-        await copies.run_all(works)
+        """Copy tokens out of the pool, by threads that share them, or on the loop's."""
+        arena = self.memory.arena
+        chunk = joined.appending(self.layout, arena, extents)
+        if chunk is None:
+            await copies.run(partial(joined.append, self.layout, arena, extents))
+        else:
+            await copies.share(chunk, self._loop_copies, probes=False)
 
     def _cannot_buffer(self, command: MoveOut | Join, why: str) -> None:
         failure = Failure(Reason.BUSY, f"cannot be buffered outside the pool: {why}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from ..errors import PoolClosed, Rejected
 from ..gpu.choice import check_device, device_ordinal, gpu_runtime
@@ -155,11 +154,8 @@ class DeviceJoinedTensors:
         self._copy(arena, [copy for copy in copies if copy.nbytes])
         self.num_tokens = stop
 
-    def appending(
-        self, layout: Layout, arena: Arena, extents: Sequence[Extent], num_shares: int
-    ) -> list[Callable[[], None]]:
-        """Return one work that does what :meth:`append` does: a GPU needs no help by threads."""
-        return [partial(self.append, layout, arena, extents)]
+    def appending(self, layout: Layout, arena: Arena, extents: Sequence[Extent]) -> None:
+        """Return None: a GPU needs no help by threads, :meth:`append` does it."""
 
     def tensors(self) -> dict[str, Array]:
         """Return the tokens that are here as tensors `[num_tokens, *shape]`, sharing the memory.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from typing import NamedTuple, TypeAlias
 
@@ -105,6 +106,23 @@ class SharedCopies:
                 pieces += target + start, source + start, min(PIECE_NBYTES, nbytes - start)
         self._pieces = array("Q", pieces)
         self._taken = array("Q", [0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are copied in all."""
+        return sum(self._pieces[2::3])
+
+    @property
+    def num_left(self) -> int:
+        """Pieces that nobody has taken."""
+        return max(0, len(self._pieces) // 3 - self._taken[0])
+
+    def pieces(self, copy: Copy = copy_with_gil) -> Iterator[Callable[[], object]]:
+        """Take one piece after the other and yield what makes it. Not while a thread runs."""
+        while self.num_left:
+            first = 3 * self._taken[0]
+            self._taken[0] += 1
+            yield partial(copy, *self._pieces[first : first + 3])
 
     def run(self) -> None:
         """Take part until nothing is left to take; what others have taken may still run."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from ..errors import Rejected
 from ..types import Extent, Schema
@@ -78,22 +77,22 @@ class JoinedTensors:
         self.num_tokens = stop
 
     def appending(
-        self, layout: Layout, arena: Arena, extents: Sequence[Extent], num_shares: int
-    ) -> list[Callable[[], None]]:
-        """Return works that together do what :meth:`append` does, for as many threads at most.
+        self, layout: Layout, arena: Arena, extents: Sequence[Extent]
+    ) -> SharedCopies | None:
+        """Return copies that together do what :meth:`append` does, and count as made.
 
-        They count as done. Where nobody knows the length it is one work, since memory is moved.
+        None where nobody knows the length: memory may have to move, which is for a thread.
 
         Raises:
             ValueError: they are more than were to come.
             Rejected: there is no memory for them (retryable).
         """
-        if self._limit is None or num_shares == 1:
-            return [partial(self.append, layout, arena, extents)]
+        if self._limit is None:
+            return None
         first, stop = self._place(extents)
         copies = self._copies(layout, arena, extents, first)
         self.num_tokens = stop
-        return [copies.run] * num_shares
+        return copies
 
     def tensors(self) -> dict[str, Array]:
         """Return the tokens that are here as tensors `[num_tokens, *shape]`, sharing the memory.

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from typing import Any, TypeVar
 
+from ..buffers.memcpy import SharedCopies, copy_without_gil
 from ..errors import PlaneUnavailable
 from .base import Run
 
@@ -23,7 +24,6 @@ __all__ = [
     "CopyThreads",
     "LoopCopies",
     "LoopTime",
-    "begin_of",
     "check_runs",
     "num_processors",
     "part_of",
@@ -80,13 +80,6 @@ def pieces_of(run: Run, max_nbytes: int) -> Iterator[Run]:
         yield part_of(run, done, min(step, run.count - done))
 
 
-def begin_of(runs: Sequence[Run], max_nbytes: int) -> list[Run]:
-    """Return `runs` with the first one cut behind `max_nbytes`, or one row."""
-    first, *others = runs
-    count = min(first.count, max(1, max_nbytes // first.rows.row_nbytes))
-    return [part_of(first, 0, count), part_of(first, count, first.count - count), *others]
-
-
 def part_of(run: Run, done: int, count: int) -> Run:
     """Return `count` rows of `run` behind the first `done`."""
     return Run(run.rows, run.first + done, count, run.offset + done * run.rows.row_nbytes)
@@ -136,13 +129,18 @@ class LoopCopies:
         self.time = LoopTime()
         self._one_at_a_time = asyncio.Lock()
 
-    async def run(self, copy: Callable[[Run], None], runs: Iterable[Run]) -> None:
-        """Copy piece after piece, in as many turns as that takes; who came first is done first."""
+    async def run(self, pieces: Iterable[Callable[[], object]]) -> None:
+        """Make piece after piece, in as many turns as that takes; who came first is done first."""
         async with self._one_at_a_time:
-            for piece in chain.from_iterable(pieces_of(run, PIECE_NBYTES) for run in runs):
+            for copy in pieces:
                 if not self.time.is_left():
                     await asyncio.sleep(0)
-                copy(piece)
+                copy()
+
+    async def copy(self, copy: Callable[[Run], object], runs: Iterable[Run]) -> None:
+        """Do the same with `runs`, cut into pieces."""
+        pieces = chain.from_iterable(pieces_of(run, PIECE_NBYTES) for run in runs)
+        await self.run(partial(copy, piece) for piece in pieces)
 
     async def drain(self) -> None:
         """Return once none of those that have begun runs."""
@@ -269,14 +267,31 @@ class Copies:
         """Whether it takes threads long to begin; see :attr:`CopyThreads.are_late`."""
         return self._threads.are_late
 
-    def probe(self, work: Callable[[], object]) -> bool:
-        """Do a little here, without the GIL; return whether to get it back has taken long.
+    async def share(self, copies: SharedCopies, on_loop: LoopCopies, *, probes: bool) -> None:
+        """Make `copies` by threads, or on the loop's own if they would be late.
 
-        Then threads would be late, too.
+        Cancelling the wait does not stop threads.
+
+        Args:
+            copies: which nobody makes yet.
+            on_loop: whose time there is on the loop's thread. What is one piece is made there.
+            probes: find out by the first piece, not by threads that are late.
         """
-        begun = time.monotonic()
-        work()
-        self._threads.are_late = time.monotonic() - begun > LATE_SECONDS
+        begins_here = (probes or copies.num_left == 1) and on_loop.time.is_left()
+        if self.are_late:
+            await on_loop.run(copies.pieces())
+            self.look_again()
+        elif begins_here and self._would_be_late(copies):
+            await on_loop.run(copies.pieces())
+        elif copies.num_left:
+            await self.run_all([copies.run] * self.num_shares(copies.nbytes))
+
+    def _would_be_late(self, copies: SharedCopies) -> bool:
+        """Make the first piece here, without the GIL: is that long in coming back?"""
+        for copy in islice(copies.pieces(copy_without_gil), 1):
+            begun = time.monotonic()
+            copy()
+            self._threads.are_late = time.monotonic() - begun > LATE_SECONDS
         return self._threads.are_late
 
     def look_again(self) -> None:

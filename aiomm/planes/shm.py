@@ -20,27 +20,12 @@ import msgspec
 from msgspec import Meta
 
 from ..buffers.arena import Arena
-from ..buffers.memcpy import (
-    Copy,
-    SharedCopies,
-    address_of,
-    copy_memory,
-    copy_with_gil,
-    copy_without_gil,
-)
+from ..buffers.memcpy import Copy, SharedCopies, address_of, copy_memory, copy_with_gil
 from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import (
-    MAX_THREADS,
-    PIECE_NBYTES,
-    Copies,
-    CopyThreads,
-    LoopCopies,
-    begin_of,
-    check_runs,
-)
+from .copying import MAX_THREADS, PIECE_NBYTES, Copies, CopyThreads, LoopCopies, check_runs
 from .handover import Desk, Invitation, redeem
 
 __all__ = ["ShmPlane"]
@@ -173,27 +158,15 @@ class _ShmArena(RemoteArena):
             raise PlaneUnavailable(f"shm: {self._why}")
         nbytes = self._nbytes_on_loop(runs)
         if not self._copies.is_long(nbytes):
-            await self._loop_copies.run(self._copy, runs)
+            await self._loop_copies.copy(self._copy, runs)
         elif nbytes == math.inf:
             await self._copies.run(partial(self._copy_all, runs))
-        else:
-            await self._write_long(runs, int(nbytes))
-
-    async def _write_long(self, runs: Sequence[Run], nbytes: int) -> None:
-        """Copy by threads, or on the loop's thread if they would be late: the first piece tells."""
-        if self._copies.are_late:
-            await self._loop_copies.run(self._copy, runs)
-            self._copies.look_again()
-            return
-        is_late = False
-        if _is_dense(runs[0]):
-            first, *runs = begin_of(runs, PIECE_NBYTES)
-            is_late = self._copies.probe(partial(self._copy, first, copy_without_gil))
-        if is_late:
-            await self._loop_copies.run(self._copy, runs)
         elif all(map(_is_dense, runs)):
-            shared = SharedCopies(map(self._dense, runs), runs)
-            await self._copies.run_all([shared.run] * self._copies.num_shares(nbytes))
+            copies = SharedCopies(map(self._dense, runs), runs)
+            await self._copies.share(copies, self._loop_copies, probes=True)
+        elif self._copies.are_late:
+            await self._loop_copies.copy(self._copy, runs)
+            self._copies.look_again()
         else:
             await self._copies.share_out(self._copy_all, runs)
 

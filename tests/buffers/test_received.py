@@ -99,29 +99,34 @@ class TestJoinedTensors:
         for name, tensor in result.items():
             check_equal(tensor, tensors[name][order])
 
-    @pytest.mark.parametrize("num_shares", [1, 2, 3, 200])
-    @pytest.mark.parametrize("num_tokens", [96, None])
-    def test_a_chunk_in_shares(self, num_tokens: int | None, num_shares: int) -> None:
-        """Whichever is done first; one only where memory may have to move."""
+    def test_chunks_that_are_copied_by_others(self) -> None:
+        """They count at once, and may be copied in any order."""
         tensors = source()
         layout, arena = filled(tensors, HostArena)
-        joined = JoinedTensors(SCHEMA, num_tokens, SpareMemory(0))
+        joined = JoinedTensors(SCHEMA, 96, SpareMemory(0))
         chunks = [[Extent(90, 96)], [], [Extent(32, 48), Extent(64, 71)], [Extent(0, 32)]]
-        for chunk in chunks:
-            works = joined.appending(layout, arena, chunk, num_shares)
-            assert len(works) == (1 if num_tokens is None else num_shares)
-            for work in reversed(works):
-                work()
+        copies = [joined.appending(layout, arena, chunk) for chunk in chunks]
+        assert joined.num_tokens == 61
+        for each in reversed(copies):
+            assert each is not None
+            each.run()
         order = [*range(90, 96), *range(32, 48), *range(64, 71), *range(32)]
         assert joined.num_tokens == len(order)
         for name, tensor in joined.tensors().items():
             check_equal(tensor, tensors[name][order])
 
-    def test_shares_of_more_than_was_to_come_are_refused(self) -> None:
+    def test_where_nobody_knows_the_length_no_other_can_copy(self) -> None:
+        """Memory may have to move."""
+        layout, arena = filled(source(), HostArena)
+        joined = JoinedTensors(SCHEMA, None, SpareMemory(0))
+        assert joined.appending(layout, arena, [Extent(0, 96)]) is None
+        assert joined.num_tokens == 0
+
+    def test_copies_of_more_than_was_to_come_are_refused(self) -> None:
         layout, arena = filled(source(), HostArena)
         joined = JoinedTensors(SCHEMA, 95, SpareMemory(0))
         with pytest.raises(ValueError, match="96 tokens have come, and only 95 were to"):
-            joined.appending(layout, arena, [Extent(0, 96)], 4)
+            joined.appending(layout, arena, [Extent(0, 96)])
         assert joined.num_tokens == 0
 
     def test_in_another_thread(self) -> None:

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, combinations
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
+from aiomm.buffers import memcpy
+from aiomm.buffers.memcpy import Copy, SharedCopies, address_of
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes import copying
@@ -24,7 +26,6 @@ from aiomm.planes.copying import (
     CopyThreads,
     LoopCopies,
     LoopTime,
-    begin_of,
     pieces_of,
     shares_of,
 )
@@ -36,6 +37,8 @@ NEVER_CLOSED = """
 import asyncio
 from aiomm.buffers.shm import MemfdArena
 from aiomm.buffers.layout import ByteRange
+from aiomm.buffers import memcpy
+from aiomm.buffers.memcpy import Copy, SharedCopies, address_of
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes.base import GrantKey, Run
@@ -180,17 +183,61 @@ async def test_works_that_begin_late_are_noticed_and_those_in_time_again(
 
 
 @pytest.mark.both_loops
-async def test_who_waits_long_for_the_gil_knows_that_threads_would(
+@pytest.mark.parametrize("probes", [True, False])
+async def test_copies_are_made_by_whoever_is_in_time(
+    probes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probing, the loop's thread makes a piece, and is then late or not in getting the GIL back."""
+    copies, on_loop = Copies(CopyThreads("test")), LoopCopies()
+    makers = list[str]()
+    monkeypatch.setattr(memcpy, "PIECE_NBYTES", 10)
+    run, pieces = SharedCopies.run, SharedCopies.pieces
+
+    def noted_run(shared: SharedCopies) -> None:
+        makers.append("thread")
+        run(shared)
+
+    def noted_pieces(shared: SharedCopies, *copy: Copy) -> Iterator[Callable[[], object]]:
+        for piece in pieces(shared, *copy):
+            makers.append("loop")
+            yield piece
+
+    monkeypatch.setattr(SharedCopies, "run", noted_run)
+    monkeypatch.setattr(SharedCopies, "pieces", noted_pieces)
+    in_time = ["loop", "thread"] if probes else ["thread"]
+    for late_seconds, made in (
+        (20.0, in_time),
+        (-1.0, ["loop"] * 3 if probes else ["thread"]),
+        (-1.0, ["loop"] * 3),  # and looks again
+        (20.0, ["loop"] * 3),
+        (20.0, in_time),
+    ):
+        monkeypatch.setattr(copying, "LATE_SECONDS", late_seconds)
+        source, target = bytearray(range(30)), bytearray(30)
+        there, here = (address_of(memoryview(memory)) for memory in (target, source))
+        shared = SharedCopies([(there, here, 30)], (source, target))
+        await copies.share(shared, on_loop, probes=probes)
+        await copies.drain()
+        assert (target, makers) == (source, made)
+        makers.clear()
+    await copies.aclose()
+
+
+@pytest.mark.both_loops
+async def test_a_short_copy_needs_no_thread_and_none_needs_a_turn_that_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    copies, clock = Copies(CopyThreads("test")), Mock(monotonic=Mock(return_value=0.0))
-    monkeypatch.setattr(copying, "time", clock)
-    for seconds, is_late in ((0.001, False), (0.005, True), (0.001, False)):
-
-        def work(seconds: float = seconds) -> None:
-            clock.monotonic.return_value += seconds
-
-        assert copies.probe(work) is copies.are_late is is_late
+    copies, on_loop = Copies(CopyThreads("test")), LoopCopies()
+    source, target = bytearray(b"abc"), bytearray(3)
+    monkeypatch.setattr(copying, "LATE_SECONDS", 20.0)
+    here, there = (address_of(memoryview(memory)) for memory in (source, target))
+    started = Mock(wraps=copies.run_all)
+    monkeypatch.setattr(copies, "run_all", started)
+    await copies.share(SharedCopies([(there, here, 3)], source), on_loop, probes=False)
+    assert (target, started.called) == (source, False)
+    monkeypatch.setattr(on_loop.time, "is_left", lambda: False)
+    await copies.share(SharedCopies([(there, here, 3)], source), on_loop, probes=False)
+    assert started.called
     await copies.aclose()
 
 
@@ -265,22 +312,6 @@ def test_shares_are_alike_and_of_whole_rows(
     assert told == shares
     for run in chain.from_iterable(shares_of(runs, num_shares)):
         assert run.offset % 1000 == run.first * 48
-
-
-@pytest.mark.parametrize(
-    ("max_nbytes", "cut"),
-    [
-        (1, [(0, 0, 1), (0, 1, 6), (1, 0, 2)]),
-        (100, [(0, 0, 2), (0, 2, 5), (1, 0, 2)]),
-        (1000, [(0, 0, 7), (0, 7, 0), (1, 0, 2)]),
-    ],
-)
-def test_the_begin_is_at_least_one_row_of_the_first_run(
-    max_nbytes: int, cut: list[tuple[int, int, int]]
-) -> None:
-    begun = begin_of([run_of(7, 48), run_of(2, 48, 1000)], max_nbytes)
-    assert [(run.offset // 1000, run.first, run.count) for run in begun] == cut
-    assert [run.offset % 1000 for run in begun] == [run.first * 48 for run in begun]
 
 
 def test_a_loop_that_is_closed_in_the_meantime_is_not_told() -> None:
@@ -367,7 +398,7 @@ async def test_copies_on_the_loop_let_others_run(monkeypatch: pytest.MonkeyPatch
 
     async def write(name: str) -> None:
         runs = [run_of(1, 8, offset) for offset in range(4)]
-        await copies.run(lambda run: story.append(f"{name}{run.offset}"), runs)
+        await copies.copy(lambda run: story.append(f"{name}{run.offset}"), runs)
 
     async def others() -> None:
         while "b3" not in story:
@@ -389,6 +420,6 @@ async def test_a_copy_on_the_loop_that_fails_leaves_the_turn_to_the_next() -> No
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await copies.run(fail, [run_of(1, 8)])
-    await copies.run(lambda run: done.append(run.offset), [run_of(1, 8, 7)])
+        await copies.copy(fail, [run_of(1, 8)])
+    await copies.copy(lambda run: done.append(run.offset), [run_of(1, 8, 7)])
     assert done == [7]
