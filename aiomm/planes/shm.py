@@ -162,7 +162,7 @@ class _ShmArena(RemoteArena):
         elif nbytes == math.inf:
             await self._copies.run(partial(self._copy_all, runs))
         elif all(map(_is_dense, runs)):
-            copies = SharedCopies(map(self._dense, runs), runs)
+            copies = SharedCopies(map(self._dense, runs), (runs, self._memory))
             await self._copies.share(copies, self._loop_copies, probes=True)
         elif self._copies.are_late:
             await self._loop_copies.copy(self._copy, runs)
