@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class FakeEngine:
     def __init__(self, network: FakeNetwork) -> None:
         self.network = network
         self.registered: dict[int, int] = {}
+        self.reading = threading.Lock()
+        """Held while registered memory is read."""
         self.running: dict[int, FakeRead] = {}
         self.batches = count(1)
         self.port = 0
@@ -85,7 +88,8 @@ class FakeEngine:
 
     def batch_unregister_memory(self, addresses: list[int]) -> int:
         """Forget it."""
-        return 0 if self.registered.pop(addresses[0], 0) else -3
+        with self.reading:  # whoever has unregistered memory may unmap it
+            return 0 if self.registered.pop(addresses[0], 0) else -3
 
     def send_probe(self, peer: str) -> int:
         """Answer for the peer."""
@@ -122,7 +126,10 @@ class FakeEngine:
         if batch in self.network.stuck:
             return PENDING
         del self.running[batch]
-        if read.engine is None or not read.engine.has_registered(read.source, read.nbytes):
-            return FAILED  # perhaps it was, when the read began
-        ctypes.memmove(read.target, read.source, read.nbytes)
+        if read.engine is None:
+            return FAILED
+        with read.engine.reading:
+            if not read.engine.has_registered(read.source, read.nbytes):
+                return FAILED  # perhaps it was, when the read began
+            ctypes.memmove(read.target, read.source, read.nbytes)
         return DONE
