@@ -105,7 +105,7 @@ async def test_a_result_that_is_taken_while_it_moves(taken: str) -> None:
         awaited = asyncio.ensure_future(wait_for(receiver.receive("b")))
         driver = receiver._driver
         driver._copies._threads.are_late = True  # so it waits for its turn on the loop's thread
-        async with driver._loop_copies._one_at_a_time:
+        async with driver._copies._on_loop._one_at_a_time:
             await until(lambda: driver._making_room, driver, "make_room")
             if taken == "meanwhile":
                 async with receiver.receive("a") as lease:

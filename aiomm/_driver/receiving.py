@@ -152,7 +152,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         """Bytes of each unfinished transfer that are outside the pool, or will be."""
         self._making_room: asyncio.Task[None] | None = None
         self._joins, self._copies = _copies_for(device)
-        self._loop_copies = LoopCopies()
         self._checksums = Checksums()
         self._freed = asyncio.Event()
 
@@ -494,7 +493,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         if chunk is None:
             await copies.run(partial(joined.append, self.layout, arena, extents))
         else:
-            await copies.share(chunk, self._loop_copies, probes=False)
+            await copies.share(chunk, probes=False)
 
     def _cannot_buffer(self, command: MoveOut | Join, why: str) -> None:
         failure = Failure(Reason.BUSY, f"cannot be buffered outside the pool: {why}")
@@ -541,5 +540,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 def _copies_for(device: str) -> tuple[Copies, Copies]:
     """Return who joins chunks, and who does all else: meanwhile a sender may fill the pool."""
     max_threads = MAX_THREADS if device == "cpu" else 1  # a GPU needs no help
-    num_others = max(1, min(max_threads, num_processors() // 2))
-    return Copies(CopyThreads("join", max_threads)), Copies(CopyThreads("copy", num_others))
+    num_threads = {"join": max_threads, "copy": max(1, min(max_threads, num_processors() // 2))}
+    on_loop = LoopCopies()
+    joins, others = (Copies(CopyThreads(*each), on_loop) for each in num_threads.items())
+    return joins, others

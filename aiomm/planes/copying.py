@@ -244,10 +244,16 @@ class CopyThreads:
 
 
 class Copies:
-    """The long copies of one attachment: what of them still runs, and when none does."""
+    """The long copies of one attachment: what of them still runs, and when none does.
 
-    def __init__(self, threads: CopyThreads) -> None:
+    Args:
+        threads: that make them.
+        on_loop: makes them where threads would be late; by default one for these copies alone.
+    """
+
+    def __init__(self, threads: CopyThreads, on_loop: LoopCopies | None = None) -> None:
         self._threads = threads
+        self._on_loop = on_loop or LoopCopies()
         self._running: set[asyncio.Future[Any]] = set()
         self._is_closed = False
         threads.hold()
@@ -257,32 +263,40 @@ class Copies:
         (result,) = await self.run_all([work])
         return result
 
-    async def share_out(self, copy: Callable[[Sequence[Run]], object], runs: Sequence[Run]) -> None:
-        """Have each thread `copy` its share of `runs`. Cancelling the wait does not stop them."""
-        num_shares = self.num_shares(sum(run.nbytes for run in runs))
-        await self.run_all([partial(copy, share) for share in shares_of(runs, num_shares)])
+    async def share_out(self, copy: Callable[[Run], object], runs: Sequence[Run]) -> None:
+        """Have each thread `copy` its share of `runs`, or the loop's own if threads are late.
+
+        Cancelling the wait does not stop threads.
+        """
+        if self.are_late:
+            await self._on_loop.copy(copy, runs)
+            self.look_again()
+            return
+        shares = shares_of(runs, self.num_shares(sum(run.nbytes for run in runs)))
+        await self.run_all([partial(_copy_each, copy, share) for share in shares])
 
     @property
     def are_late(self) -> bool:
         """Whether it takes threads long to begin; see :attr:`CopyThreads.are_late`."""
         return self._threads.are_late
 
-    async def share(self, copies: SharedCopies, on_loop: LoopCopies, *, probes: bool) -> None:
-        """Make `copies` by threads, or on the loop's own if they would be late.
+    async def share(self, copies: SharedCopies, *, probes: bool) -> None:
+        """Make `copies` by threads, or on the loop's own if they are or would be late.
 
-        Cancelling the wait does not stop threads.
+        What is one piece is made on the loop's in any case. Cancelling the wait does not stop
+        threads.
 
         Args:
             copies: which nobody makes yet.
-            on_loop: whose time there is on the loop's thread. What is one piece is made there.
-            probes: find out by the first piece, not by threads that are late.
+            probes: find out by the first piece, and not only by threads that were late.
         """
-        begins_here = (probes or copies.num_left == 1) and on_loop.time.is_left()
         if self.are_late:
-            await on_loop.run(copies.pieces())
+            await self._on_loop.run(copies.pieces())
             self.look_again()
-        elif begins_here and self._would_be_late(copies):
-            await on_loop.run(copies.pieces())
+            return
+        begins_here = (probes or copies.num_left == 1) and self._on_loop.time.is_left()
+        if begins_here and self._would_be_late(copies):
+            await self._on_loop.run(copies.pieces())
         elif copies.num_left:
             await self.run_all([copies.run] * self.num_shares(copies.nbytes))
 
@@ -329,6 +343,11 @@ class Copies:
         if not self._is_closed:
             self._is_closed = True
             self._threads.let_go()
+
+
+def _copy_each(copy: Callable[[Run], object], runs: Sequence[Run]) -> None:
+    for run in runs:
+        copy(run)
 
 
 def _finish(

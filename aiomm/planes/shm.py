@@ -92,7 +92,7 @@ class ShmPlane(Plane):
         except (msgspec.MsgspecError, RecursionError) as exc:
             raise PlaneUnavailable(f"shm: not an offer: {exc}") from exc
         connection, _, descriptors = await redeem(self.name, decoded.invitation, len(ACCEPTED), 1)
-        copies = Copies(self._threads)
+        copies = Copies(self._threads, self._loop_copies)
         try:
             memory = await copies.run(partial(_map, descriptors[0], decoded.nbytes))
         except BaseException:
@@ -163,12 +163,9 @@ class _ShmArena(RemoteArena):
             await self._copies.run(partial(self._copy_all, runs))
         elif all(map(_is_dense, runs)):
             copies = SharedCopies(map(self._dense, runs), (runs, self._memory))
-            await self._copies.share(copies, self._loop_copies, probes=True)
-        elif self._copies.are_late:
-            await self._loop_copies.copy(self._copy, runs)
-            self._copies.look_again()
+            await self._copies.share(copies, probes=True)
         else:
-            await self._copies.share_out(self._copy_all, runs)
+            await self._copies.share_out(self._copy, runs)
 
     async def quiesce(self) -> None:
         await self._copies.drain()

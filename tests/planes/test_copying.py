@@ -106,8 +106,7 @@ async def test_a_long_copy_is_shared_by_the_threads(six_processors: set[int]) ->
     copies, story = Copies(CopyThreads("test", 3)), list[tuple[int, int, set[int]]]()
     all_at_work = threading.Barrier(3)
 
-    def copy(share: Sequence[Run]) -> None:
-        (run,) = share
+    def copy(run: Run) -> None:
         story.append((run.first, run.count, os.sched_getaffinity(0)))
         all_at_work.wait(10)
 
@@ -124,12 +123,12 @@ async def test_a_share_that_fails_is_told_when_the_others_have_ended() -> None:
     copies, ended = Copies(CopyThreads("test", 2)), list[int]()
     failed = threading.Event()
 
-    def copy(share: Sequence[Run]) -> None:
-        if not share[0].first:
+    def copy(run: Run) -> None:
+        if not run.first:
             failed.set()
             raise ZeroDivisionError
         failed.wait(10)
-        ended.append(share[0].first)
+        ended.append(run.first)
 
     with pytest.raises(ZeroDivisionError):
         await copies.share_out(copy, [run_of(8, 1 << 20)])
@@ -188,7 +187,8 @@ async def test_copies_are_made_by_whoever_is_in_time(
     probes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Probing, the loop's thread makes a piece, and is then late or not in getting the GIL back."""
-    copies, on_loop = Copies(CopyThreads("test")), LoopCopies()
+    on_loop = LoopCopies()
+    copies = Copies(CopyThreads("test"), on_loop)
     makers = list[str]()
     monkeypatch.setattr(memcpy, "PIECE_NBYTES", 10)
     run, pieces = SharedCopies.run, SharedCopies.pieces
@@ -216,7 +216,7 @@ async def test_copies_are_made_by_whoever_is_in_time(
         source, target = bytearray(range(30)), bytearray(30)
         there, here = (address_of(memoryview(memory)) for memory in (target, source))
         shared = SharedCopies([(there, here, 30)], (source, target))
-        await copies.share(shared, on_loop, probes=probes)
+        await copies.share(shared, probes=probes)
         await copies.drain()
         assert (target, makers) == (source, made)
         makers.clear()
@@ -227,16 +227,17 @@ async def test_copies_are_made_by_whoever_is_in_time(
 async def test_a_short_copy_needs_no_thread_and_none_needs_a_turn_that_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    copies, on_loop = Copies(CopyThreads("test")), LoopCopies()
+    on_loop = LoopCopies()
+    copies = Copies(CopyThreads("test"), on_loop)
     source, target = bytearray(b"abc"), bytearray(3)
     monkeypatch.setattr(copying, "LATE_SECONDS", 20.0)
     here, there = (address_of(memoryview(memory)) for memory in (source, target))
     started = Mock(wraps=copies.run_all)
     monkeypatch.setattr(copies, "run_all", started)
-    await copies.share(SharedCopies([(there, here, 3)], source), on_loop, probes=False)
+    await copies.share(SharedCopies([(there, here, 3)], source), probes=False)
     assert (target, started.called) == (source, False)
     monkeypatch.setattr(on_loop.time, "is_left", lambda: False)
-    await copies.share(SharedCopies([(there, here, 3)], source), on_loop, probes=False)
+    await copies.share(SharedCopies([(there, here, 3)], source), probes=False)
     assert started.called
     await copies.aclose()
 
@@ -285,7 +286,7 @@ async def test_a_share_is_worth_a_thread(
 
 async def test_a_copy_of_nothing_ends_too() -> None:
     copies = Copies(CopyThreads("test", 2))
-    await copies.share_out(lambda share: None, [])
+    await copies.share_out(lambda run: None, [])
     await copies.aclose()
 
 
