@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import NamedTuple, TypeAlias
 
 __all__ = [
-    "Copy",
+    "PIECE_NBYTES",
+    "Memcpy",
     "SharedCopies",
     "address_of",
     "copy_bytes",
@@ -25,20 +26,20 @@ __all__ = [
     "is_streaming",
 ]
 
-Copy: TypeAlias = Callable[[int, int, int], object]
+Memcpy: TypeAlias = Callable[[int, int, int], object]
 """Copies from address to address: target, source, how many bytes. They do not overlap."""
 
 GIL_NBYTES = 1 << 20
 """Up to here a copy keeps the GIL: taking it back beside a busy thread costs up to 5 ms."""
 STREAM_NBYTES = 1 << 18
 """From here on copies stream; what is shorter is copied as fast by a slice."""
-PIECE_NBYTES = 1 << 20
-"""What a thread takes at once of copies that it shares with others."""
+PIECE_NBYTES = GIL_NBYTES
+"""What a thread takes at once of copies that it shares with others, the loop's or not: 0.1 ms."""
 
 
 class _Functions(NamedTuple):
-    with_gil: Copy
-    without_gil: Copy
+    with_gil: Memcpy
+    without_gil: Memcpy
     shared: Callable[[array[int], array[int]], object]
     """Makes one copy after the other, without the GIL, until others have taken the last."""
     is_streaming: bool
@@ -117,7 +118,7 @@ class SharedCopies:
         """Pieces that nobody has taken."""
         return max(0, len(self._pieces) // 3 - self._taken[0])
 
-    def pieces(self, copy: Copy = copy_with_gil) -> Iterator[Callable[[], object]]:
+    def pieces(self, copy: Memcpy = copy_with_gil) -> Iterator[Callable[[], object]]:
         """Take one piece after the other and yield what makes it. Not while a thread runs."""
         while self.num_left:
             first = 3 * self._taken[0]

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain, count, islice
 from typing import Any, TypeVar
 
-from ..buffers.memcpy import SharedCopies, copy_without_gil
+from ..buffers.memcpy import PIECE_NBYTES, SharedCopies, copy_without_gil
 from ..errors import PlaneUnavailable
 from .base import Run
 
@@ -35,7 +35,6 @@ Result = TypeVar("Result")
 
 TURN_SECONDS = 1e-3
 """After so long in one turn of the loop no more short work begins: a piece, or a short write."""
-PIECE_NBYTES = 1 << 20
 LATE_SECONDS = 2.5e-3
 """Half of the time for which a busy thread may keep the GIL."""
 SHARE_NBYTES = 2 << 20

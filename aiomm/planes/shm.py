@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from ..buffers.arena import Arena
-from ..buffers.memcpy import Copy, SharedCopies, address_of, copy_memory, copy_with_gil
+from ..buffers.memcpy import Memcpy, SharedCopies, address_of, copy_memory, copy_with_gil
 from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
@@ -201,7 +201,7 @@ class _ShmArena(RemoteArena):
         assert source is not None
         return self._address + run.offset, source, run.nbytes
 
-    def _copy(self, run: Run, copy: Copy = copy_memory) -> None:
+    def _copy(self, run: Run, copy: Memcpy = copy_memory) -> None:
         if not self._memory:  # it waited for its turn until the end
             raise PlaneUnavailable(f"shm: {self._why}")
         if _is_dense(run):

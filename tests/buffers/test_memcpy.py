@@ -23,7 +23,7 @@ import pytest
 from aiomm.buffers import memcpy
 from aiomm.buffers.memcpy import (
     STREAM_NBYTES,
-    Copy,
+    Memcpy,
     SharedCopies,
     address_of,
     copy_bytes,
@@ -75,8 +75,8 @@ def functions(request: pytest.FixtureRequest) -> memcpy._Functions:
 
 
 @pytest.fixture(params=["with_gil", "without_gil"])
-def copy(functions: memcpy._Functions, request: pytest.FixtureRequest) -> Copy:
-    made: Copy = getattr(functions, request.param)
+def copy(functions: memcpy._Functions, request: pytest.FixtureRequest) -> Memcpy:
+    made: Memcpy = getattr(functions, request.param)
     return made
 
 
@@ -90,7 +90,7 @@ def test_it_is_compiled_where_that_is_possible() -> None:
 
 
 @pytest.mark.parametrize("nbytes", LENGTHS)
-def test_every_byte_arrives_and_none_beside_it_changes(copy: Copy, nbytes: int) -> None:
+def test_every_byte_arrives_and_none_beside_it_changes(copy: Memcpy, nbytes: int) -> None:
     """From and to any alignment."""
     source = bytearray(RANDOM)
     for target_skip, source_skip in ((0, 0), (1, 0), (0, 1), (63, 17), (16, 48)):
@@ -107,7 +107,7 @@ def test_every_byte_arrives_and_none_beside_it_changes(copy: Copy, nbytes: int) 
     assert source == RANDOM
 
 
-def test_what_is_no_address_or_length_is_refused(copy: Copy) -> None:
+def test_what_is_no_address_or_length_is_refused(copy: Memcpy) -> None:
     refused = (TypeError, ctypes.ArgumentError)
     for arguments in ((0, 0), (0, 0.5, 0), (0, 0, "1")):
         with pytest.raises(refused):
@@ -131,7 +131,7 @@ def test_other_threads_run_only_during_copies_that_let_them(functions: memcpy._F
         work()
         return turns - before
 
-    def copy_by(copy: Copy) -> Callable[[], object]:
+    def copy_by(copy: Memcpy) -> Callable[[], object]:
         return lambda: copy(address, address + half, half)
 
     def copy_pieces() -> None:

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 
 from aiomm.buffers import memcpy
-from aiomm.buffers.memcpy import Copy, SharedCopies, address_of
+from aiomm.buffers.memcpy import Memcpy, SharedCopies, address_of
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes import copying
@@ -37,8 +37,6 @@ NEVER_CLOSED = """
 import asyncio
 from aiomm.buffers.shm import MemfdArena
 from aiomm.buffers.layout import ByteRange
-from aiomm.buffers import memcpy
-from aiomm.buffers.memcpy import Copy, SharedCopies, address_of
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes.base import GrantKey, Run
@@ -197,7 +195,7 @@ async def test_copies_are_made_by_whoever_is_in_time(
         makers.append("thread")
         run(shared)
 
-    def noted_pieces(shared: SharedCopies, *copy: Copy) -> Iterator[Callable[[], object]]:
+    def noted_pieces(shared: SharedCopies, *copy: Memcpy) -> Iterator[Callable[[], object]]:
         for piece in pieces(shared, *copy):
             makers.append("loop")
             yield piece
