@@ -14,6 +14,8 @@ from .spare import PrivateMemory, SpareMemory
 
 __all__ = ["JoinedTensors", "PoolTensors"]
 
+MAX_LISTED = 1024
+"""Extents of all fields that :meth:`JoinedTensors.appending` lists, at 1 us each."""
 HEAP_NBYTES = 1 << 20
 """Up to here memory comes from the heap: 50 us less than a mapping of one's own."""
 
@@ -81,13 +83,14 @@ class JoinedTensors:
     ) -> SharedCopies | None:
         """Return copies that together do what :meth:`append` does, and count as made.
 
-        None where nobody knows the length: memory may have to move, which is for a thread.
+        None where that is for one thread: nobody knows the length, so memory may have to move, or
+        the extents are so many that to list them takes long.
 
         Raises:
             ValueError: they are more than were to come.
             Rejected: there is no memory for them (retryable).
         """
-        if self._limit is None:
+        if self._limit is None or len(extents) * len(self.schema) > MAX_LISTED:
             return None
         first, stop = self._place(extents)
         copies = self._copies(layout, arena, extents, first)

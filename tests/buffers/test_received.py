@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 
+from aiomm.buffers import received
 from aiomm.buffers.arena import HostArena
 from aiomm.buffers.layout import Layout
 from aiomm.buffers.shm import MemfdArena
@@ -121,6 +122,15 @@ class TestJoinedTensors:
         joined = JoinedTensors(SCHEMA, None, SpareMemory(0))
         assert joined.appending(layout, arena, [Extent(0, 96)]) is None
         assert joined.num_tokens == 0
+
+    def test_very_many_extents_are_not_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        layout, arena = filled(source(), HostArena)
+        extents = [Extent(at, at + 1) for at in range(4)]
+        for limit, is_listed in ((4 * len(SCHEMA), True), (4 * len(SCHEMA) - 1, False)):
+            monkeypatch.setattr(received, "MAX_LISTED", limit)
+            joined = JoinedTensors(SCHEMA, 96, SpareMemory(0))
+            assert (joined.appending(layout, arena, extents) is not None) is is_listed
+            assert joined.num_tokens == 4 * is_listed
 
     def test_copies_of_more_than_was_to_come_are_refused(self) -> None:
         layout, arena = filled(source(), HostArena)
