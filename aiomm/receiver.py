@@ -36,7 +36,7 @@ from .gpu.lanes import Mark
 from .gpu.runtime import GpuError
 from .planes.base import Plane
 from .planes.registry import make_planes
-from .types import Schema, Ticket, TransferStats
+from .types import Schema, Ticket, TransferStats, request_of
 
 __all__ = ["Lease", "Receiver", "Reception"]
 
@@ -294,11 +294,12 @@ class Receiver(Lifecycle):
         """Reserve the default allocation as soon as it is free, and return the ticket at once.
 
         Args:
-            request_id: any string, used by no other open request.
+            request_id: 1 to 512 characters, the first no "{"; used by no other open request.
             timeout: seconds until the request is given up if it is not done and received.
 
         Raises:
             Rejected: the request id is in use, or (retryable) too many requests are open.
+            ValueError: the request id or the timeout is out of bounds.
             PoolClosed: the receiver is closed, or could not start.
         """
         driver = self._driver
@@ -443,19 +444,14 @@ class Receiver(Lifecycle):
 
     def _begin(self, request: str | Ticket | bytes, source: str | None, timeout: float) -> int:
         driver, now = self._driver, self._driver.now()
-        if source is None and isinstance(request, str) and not request.startswith("{"):
-            return driver.endpoint.receive(request, timeout, now)
-        request_id, key, life, address = str(request), b"", 0, source
-        if source is None:
-            ticket = _ticket_from(request)
+        request_id, ticket = request_of(request, source)
+        if ticket is None and source is None:
+            return driver.endpoint.receive(request_id, timeout, now)
+        key, life, address = b"", 0, source
+        if ticket is not None:
             if ticket.kind != "offer":
                 raise Rejected("this ticket is for a sender to claim; receive its request id")
-            request_id, key, life, address = (
-                ticket.request_id,
-                ticket.key,
-                ticket.epoch,
-                ticket.address,
-            )
+            key, life, address = ticket.key, ticket.epoch, ticket.address
         path = driver.path_to(address, life)
         return driver.endpoint.redeem(
             request_id, key, path=path, life=life, timeout=timeout, now=now
@@ -481,12 +477,6 @@ class Receiver(Lifecycle):
 
     def __repr__(self) -> str:
         return f"<Receiver {self._driver.name} at {self.address}: {self._driver.pool!r}>"
-
-
-def _ticket_from(request: str | Ticket | bytes) -> Ticket:
-    if isinstance(request, Ticket):
-        return request
-    return Ticket.from_json(request) if isinstance(request, str) else Ticket.from_bytes(request)
 
 
 def _decoded(metadata: bytes) -> dict[str, Any]:

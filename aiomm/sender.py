@@ -26,7 +26,7 @@ from .protocol.events import TokensReady
 from .protocol.frames import MAX_METADATA_NBYTES
 from .protocol.send_transfer import SendTransfer
 from .protocol.states import State
-from .types import Schema, Ticket, TransferStats
+from .types import Schema, Ticket, TransferStats, request_of
 
 __all__ = ["OfferedTicket", "Sender", "Transfer"]
 
@@ -349,10 +349,11 @@ class Sender(Lifecycle):
 
         Raises:
             ProtocolError: this is no ticket.
-            Rejected: it is the ticket of an offer, or (retryable) too many transfers wait.
+            Rejected: it is the ticket of an offer, or comes with an address, or (retryable) too
+                many transfers wait.
             PoolClosed: the sender is closed.
         """
-        request_id, known = _request_of(ticket)
+        request_id, known = request_of(ticket, to)
         if known is not None and known.kind != "expect":
             raise Rejected("this ticket is an offer: a receiver redeems it")
         transfer = Transfer(self, request_id, num_tokens)
@@ -382,7 +383,7 @@ class Sender(Lifecycle):
         Raises:
             AiommError: see the tree in :mod:`aiomm.errors`.
         """
-        request_id, ticket = _request_of(request)
+        request_id, ticket = request_of(request, to)
         transfer = Transfer(self, request_id)
         transfer.send(tensors, metadata=metadata, stream=stream)
         return await self._open(transfer, timeout, ticket=ticket, to=to)
@@ -499,17 +500,6 @@ class Sender(Lifecycle):
 
     def __repr__(self) -> str:
         return f"<Sender {self._driver.name} at {self.address}: {len(self._driver.watchers)} live>"
-
-
-def _request_of(request: Ticket | str | bytes) -> tuple[str, Ticket | None]:
-    """Return the request id, and the ticket unless it is a bare request id."""
-    if isinstance(request, str) and not request.startswith("{"):
-        return request, None
-    if isinstance(request, str):
-        request = Ticket.from_json(request)
-    elif isinstance(request, bytes):
-        request = Ticket.from_bytes(request)
-    return request.request_id, request
 
 
 def _num_tokens(rows: Mapping[str, Any]) -> int:

@@ -187,11 +187,37 @@ async def test_a_request_that_needs_a_ticket_is_not_had_by_its_name() -> None:
         receiver.cancel("r")
 
 
+async def test_a_ticket_with_an_address_beside_it() -> None:
+    """Rejected at once, by whoever was given both, without a word of the ticket's key."""
+    async with healthy() as (receiver, sender), Sender(SCHEMA, bind="tcp://127.0.0.1:*") as other:
+        expected, offered = receiver.expect("r"), other.offer("s", tensors_of(2)).ticket
+        elsewhere = "tcp://127.0.0.1:1"
+        with pytest.raises(Rejected, match=elsewhere):
+            sender.claim(expected, to=elsewhere)
+        with pytest.raises(Rejected, match=elsewhere):
+            await sender.send(expected, tensors_of(2), to=elsewhere)
+        with pytest.raises(Rejected, match=elsewhere) as error:
+            await receiver.receive(offered, source=elsewhere)
+        assert "key" not in error.value.message
+        receiver.cancel("r")
+
+
+async def test_a_request_id_that_looks_like_a_ticket() -> None:
+    """It could be expected, but never received: a ValueError says so at once."""
+    async with healthy() as (receiver, sender), Sender(SCHEMA, bind="tcp://127.0.0.1:*") as other:
+        with pytest.raises(ValueError, match=r"the first no \{"):
+            receiver.expect("{r}")
+        with pytest.raises(ValueError, match=r"the first no \{"):
+            other.offer("{r}", tensors_of(1))
+        with pytest.raises(ProtocolError, match="not a ticket"):
+            await sender.send("{r}", tensors_of(1))
+
+
 async def test_one_request_twice() -> None:
     """A second `expect`, a second claim of the ticket, and a claim of what is done."""
     async with healthy() as (receiver, sender), Sender(SCHEMA) as second:
         ticket = receiver.expect("r")
-        with pytest.raises(Rejected, match="'r' is expected already"):
+        with pytest.raises(Rejected, match="'r' is in use"):
             receiver.expect("r")
         first = await granted(sender.claim(ticket))
         error = await error_of(second.send(ticket, tensors_of(9)))

@@ -83,6 +83,7 @@ def test_every_command_tells_its_exit_codes(name: str) -> None:
         (["recv", *DEAF, "--count", "0"], "--count"),
         (["send", *DEAF], "Missing argument"),
         (["send", "a", "b", "--request-id", "c", *DEAF], "--request-id"),
+        (["send", "a", "--request-id", "{c}", *DEAF], "512 characters"),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_2(arguments: list[str], complaint: str) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..config import ReceiverSettings, SenderSettings, settings_from
+from ..protocol.frames import check_request_id
 from ..types import Field, Schema
 from . import bench_options
 from .device import ensure_well_formed
@@ -203,9 +204,11 @@ def send(
     _check_endpoint(endpoint)
     if request_id is not None and len(files) > 1:
         raise typer.BadParameter("one id is for one file", param_hint="--request-id")
-    if request_id == "" or len(request_id or "") > 512 or (request_id or "").startswith("{"):
-        message = "1 to 512 characters, the first no {"
-        raise typer.BadParameter(message, param_hint="--request-id")
+    if request_id is not None:
+        try:
+            check_request_id(request_id)
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc), param_hint="--request-id") from exc
     options = SendOptions(
         endpoint=endpoint,
         request_id=request_id,

@@ -50,6 +50,7 @@ __all__ = [
     "Written",
     "check_metadata",
     "check_request",
+    "check_request_id",
     "clipped",
     "decode",
     "encode",
@@ -343,11 +344,23 @@ def check_request(request_id: str, timeout: float, metadata: bytes = b"") -> Non
     Raises:
         ValueError: the request id, the timeout or the metadata is out of bounds.
     """
-    if not 1 <= len(request_id) <= MAX_REQUEST_ID or clipped(request_id) != request_id:
-        raise ValueError(f"a request id is 1 to {MAX_REQUEST_ID} characters of valid Unicode")
+    check_request_id(request_id)
     if not 0 <= timeout <= MAX_SECONDS:
         raise ValueError(f"a timeout is 0 to {MAX_SECONDS:g} seconds, not {timeout}")
     check_metadata(metadata)
+
+
+def check_request_id(request_id: str) -> None:
+    """Refuse a request id that no frame can carry, or that looks like the JSON of a ticket.
+
+    Raises:
+        ValueError: it is one.
+    """
+    is_text = 1 <= len(request_id) <= MAX_REQUEST_ID and clipped(request_id) == request_id
+    if not is_text or request_id.startswith("{"):
+        raise ValueError(
+            f"a request id is 1 to {MAX_REQUEST_ID} characters of valid Unicode, the first no {{"
+        )
 
 
 def check_metadata(metadata: bytes) -> None:

@@ -128,7 +128,7 @@ class ReceiveEndpoint(Endpoint):
             ValueError: the request id or the timeout is out of bounds.
         """
         if request_id in self._by_request_id:
-            raise Rejected(f"request {request_id!r} is expected already")
+            raise Rejected(f"the request id {request_id!r} is in use")
         return self._add(request_id, timeout, now, key=key, reserve=True).transfer.number
 
     def receive(self, request_id: str, timeout: float, now: float) -> int:
