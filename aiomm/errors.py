@@ -1,17 +1,6 @@
-"""Every error aiomm raises on purpose, and whose fault each one is.
+"""Every error that aiomm raises on purpose; the README draws the tree.
 
-::
-
-    AiommError
-    ├── PeerLost              the other process died, or stopped answering
-    ├── TransferTimeout       a deadline passed
-    ├── Cancelled             somebody on either side gave the request up
-    ├── IncompatibleSchema    the two sides, or the tensors and the schema, disagree
-    ├── Rejected              the peer (or this side) refuses the request; says why
-    ├── PlaneUnavailable      no data plane works between the two processes
-    ├── ProtocolError         a peer broke the protocol
-    └── PoolClosed            this endpoint is closed or closing
-
+Each class says what has happened, and its `retryable` whether the same call may succeed later.
 Across the wire an error is a :class:`Failure`: a :class:`Reason` and a sentence.
 :func:`error_from` is the one place where it becomes an exception again.
 """
@@ -82,7 +71,7 @@ class AiommError(Exception):
 
 
 class PeerLost(AiommError):
-    """The other process died, closed, or stopped answering in the middle of a transfer."""
+    """The other process died, was restarted, or stopped answering in the middle of a transfer."""
 
     reason = Reason.PEER_LOST
     retryable = True
@@ -126,7 +115,7 @@ class PlaneUnavailable(AiommError):
 
 
 class ProtocolError(AiommError):
-    """A peer sent something that the protocol does not allow."""
+    """A peer has broken the protocol, or what was given as a ticket is none."""
 
     reason = Reason.PROTOCOL
 

@@ -65,7 +65,7 @@ class Lease(Mapping[str, Array]):
         self._delivery = delivery
         self._is_released = False
         self._streams: list[int] = []
-        """Of CUDA, which read the tensors."""
+        """CUDA streams that read the tensors."""
         self._pool = driver.memory.tensors
         self._joined = None if delivery.joined is None else delivery.joined.tensors()
         self.request_id = transfer.id.request_id
@@ -230,8 +230,9 @@ class Receiver(Lifecycle):
             `block_size`, `default_blocks`, `timeout` and others.
 
     Raises:
-        ValueError: a setting or an address is wrong.
-        PlaneUnavailable: a plane or the device is not known.
+        ValueError: a setting, an address, or the name of the device is wrong.
+        TypeError: there is no setting of that name.
+        PlaneUnavailable: a plane is not known. A device that is missing is told by the start.
     """
 
     _driver: ReceiveDriver

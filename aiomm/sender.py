@@ -48,7 +48,7 @@ class Transfer:
         self._announced = announced
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[TransferStats] = self._loop.create_future()
-        self._future.add_done_callback(_look_at)
+        self._future.add_done_callback(_retrieve)
         self._core: SendTransfer | None = None
         self._tensors: tuple[int, bytes] | None = None
         self._cancelled_with: Failure | None = None
@@ -294,13 +294,14 @@ class Sender(Lifecycle):
             for :meth:`offer` and for receivers that ask by `source=`.
         planes: `"auto"`, one name, or names and :class:`~aiomm.planes.base.Plane` objects in
             order of preference.
-        strict: use the first plane or fail.
-        timeout: seconds for a transfer that is given none of its own; default 30.
-        settings: the other fields of :class:`~aiomm.config.SenderSettings`.
+        settings: the fields of :class:`~aiomm.config.SenderSettings`: `timeout`, `strict`,
+            `checksum` and others.
 
     Raises:
         ValueError: a setting or the address is wrong.
+        TypeError: there is no setting of that name.
         PlaneUnavailable: a plane is not known.
+        ImportError: `checksum=True` without the extra `aiomm[checksum]`.
     """
 
     _driver: SendDriver
@@ -425,8 +426,12 @@ class Sender(Lifecycle):
         The sender must be bound and started. The tensors must not change meanwhile.
 
         Raises:
-            Rejected: the request id is on offer already, or the sender does not listen.
+            Rejected: the request id is on offer already, the sender does not listen, or the
+                metadata is too large.
+            ValueError: the request id or the timeout is out of bounds.
             IncompatibleSchema: the tensors do not match the schema.
+            PlaneUnavailable: tensors are on a GPU, and CUDA fails.
+            PoolClosed: the sender is closed.
         """
         self._driver.check_open()
         if self.address is None:
@@ -436,7 +441,7 @@ class Sender(Lifecycle):
         seconds = self.settings.timeout if timeout is None else timeout
         key, total = token_bytes(16), _num_tokens(rows)
         driver = self._driver
-        driver.endpoint.offer(request_id, key, total, encoded, seconds, driver.now())
+        driver.endpoint.offer(request_id, key, total, encoded, seconds)
         ticket = Ticket(
             kind="offer",
             request_id=request_id,
@@ -538,7 +543,7 @@ def _stats(core: SendTransfer, schema: Schema, route: Route | None) -> TransferS
     )
 
 
-def _look_at(future: asyncio.Future[Any]) -> None:
+def _retrieve(future: asyncio.Future[Any]) -> None:
     """A failed transfer that nobody awaits is no unhandled exception: its peer was told."""
     if not future.cancelled():
         future.exception()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -123,3 +124,32 @@ def test_files_and_modules_that_are_named_exist() -> None:
 @pytest.mark.parametrize("name", aiomm.__all__)
 def test_every_public_name_is_told(name: str) -> None:
     assert any(re.search(rf"\b{name}\b", page.read_text()) for page in PAGES)
+
+
+def names_in(module: Path) -> set[str]:
+    """Return what a module defines: classes, functions, and names that are assigned."""
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        match node:
+            case ast.ClassDef(name) | ast.FunctionDef(name) | ast.AsyncFunctionDef(name):
+                names.add(name)
+            case ast.Name(name, ast.Store()) | ast.Attribute(_, name, ast.Store()):
+                names.add(name)
+    return names
+
+
+def test_each_rule_is_enforced_where_the_architecture_says() -> None:
+    """Every name in that table is defined in the module before it; without one, in any."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.split("## Where each rule is enforced")[1].split("\n## ")[0]
+    modules = {module: names_in(module) for module in (ROOT / "aiomm").rglob("*.py")}
+    missing = []
+    for row in re.findall(r"^\| .+ \| (.+) \|$", table, re.MULTILINE)[1:]:
+        known = set[str]().union(*modules.values())
+        for word in re.findall(r"`([\w./]+)`", row):
+            if word.endswith(".py"):
+                at = [names for path, names in modules.items() if str(path).endswith("/" + word)]
+                known = set[str]().union(*at)
+            elif not set(word.split(".")) <= known:
+                missing.append(word)
+    assert not missing

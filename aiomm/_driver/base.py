@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar, Generic, TypeVar
@@ -45,7 +45,7 @@ def new_epoch() -> int:
     return secrets.randbelow(2**63 - 1) + 1
 
 
-class Driver(Generic[_Endpoint]):
+class Driver(ABC, Generic[_Endpoint]):
     """One endpoint's connection to the world. It is its channels' handler.
 
     Args:
@@ -153,7 +153,8 @@ class Driver(Generic[_Endpoint]):
         await asyncio.shield(self._closing)  # cancelled, one stops waiting; it closes all the same
 
     async def _drain_and_close(self) -> None:
-        await asyncio.gather(self._starting or asyncio.sleep(0), return_exceptions=True)
+        assert self._starting is not None
+        await asyncio.wait([self._starting])
         if self.is_started:
             self.abandon(Failure(Reason.CLOSED, f"{self.name} was closed"))
             self.pump()

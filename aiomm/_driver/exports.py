@@ -142,7 +142,7 @@ class Exports:
                     proven = False
         return proven
 
-    def puts(self, number: int, into_blocks: asyncio.Future[Any]) -> None:
+    def note_upload(self, number: int, into_blocks: asyncio.Future[Any]) -> None:
         """Note that this side itself is putting something into the blocks of a request."""
         self._landing.setdefault(number, []).append(into_blocks)
         into_blocks.add_done_callback(lambda _: self.landing(number))

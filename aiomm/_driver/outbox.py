@@ -1,4 +1,4 @@
-"""How packets leave a driver: at once, or behind a turn of the user's."""
+"""How packets leave a driver: at once, or after the user's code has had its turn."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ class BlockPool:
         Raises:
             PoolError: it is not live: a double free, or a foreign one.
         """
-        self._move("free", allocation)
+        self._state_after("free", allocation)
         self._leave(allocation)
         self._put_in_front(allocation.block_indices)
 
@@ -180,7 +180,7 @@ class BlockPool:
         Raises:
             PoolError: it is not live, or not granted.
         """
-        self._transfer("fill", allocation)
+        self._move("fill", allocation)
 
     def lease(self, allocation: Allocation) -> None:
         """Note that the user reads a filled allocation.
@@ -188,7 +188,7 @@ class BlockPool:
         Raises:
             PoolError: it is not live, or not filled.
         """
-        self._transfer("lease", allocation)
+        self._move("lease", allocation)
 
     def quarantine(self, allocation: Allocation) -> None:
         """Keep a granted or filled allocation away from everybody until it is freed.
@@ -196,7 +196,7 @@ class BlockPool:
         Raises:
             PoolError: it is not live, or leased, or quarantined already.
         """
-        self._transfer("quarantine", allocation)
+        self._move("quarantine", allocation)
 
     # Larger and smaller. What these return replaces what was passed in, which is then dead.
 
@@ -209,7 +209,7 @@ class BlockPool:
         Raises:
             PoolError: it is not live, in another state, or larger already.
         """
-        state = self._move("extend", allocation)
+        state = self._state_after("extend", allocation)
         if num_tokens < allocation.num_tokens:
             raise PoolError(f"cannot extend {allocation.num_tokens} tokens to {num_tokens}")
         if num_tokens == allocation.num_tokens:
@@ -232,7 +232,7 @@ class BlockPool:
         Raises:
             PoolError: it is not live, in another state, or smaller already.
         """
-        state = self._move("trim", allocation)
+        state = self._state_after("trim", allocation)
         if not 0 <= num_tokens <= allocation.num_tokens:
             raise PoolError(f"cannot trim {allocation.num_tokens} tokens to {num_tokens}")
         if num_tokens == allocation.num_tokens:
@@ -256,7 +256,7 @@ class BlockPool:
         Raises:
             PoolError: it is not live, or not granted, or the number is negative.
         """
-        self._move("reallocate", allocation)
+        self._state_after("reallocate", allocation)
         if num_tokens < 0:
             raise PoolError(f"cannot reallocate to {num_tokens} tokens")
         if len(allocation.extents) == 1:
@@ -307,7 +307,7 @@ class BlockPool:
 
     # The live allocations
 
-    def _move(self, operation: str, allocation: Allocation) -> BlockState:
+    def _state_after(self, operation: str, allocation: Allocation) -> BlockState:
         """Return the state after `operation`; change nothing."""
         before = self.state(allocation)
         after = _MOVES[operation].get(before)
@@ -315,8 +315,8 @@ class BlockPool:
             raise PoolError(f"cannot {operation} {allocation}: it is {before.value}")
         return after
 
-    def _transfer(self, operation: str, allocation: Allocation) -> None:
-        after = self._move(operation, allocation)
+    def _move(self, operation: str, allocation: Allocation) -> None:
+        after = self._state_after(operation, allocation)
         live, num_blocks = self._live[id(allocation)], len(allocation.block_indices)
         self._counts[live.state] -= num_blocks
         self._counts[after] += num_blocks

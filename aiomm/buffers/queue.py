@@ -22,12 +22,10 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from ..errors import Rejected
-from ..types import Allocation
+from ..types import MAX_GRANT_BLOCKS, Allocation
 from .pool import BlockPool
 
 __all__ = ["QueueFull", "ReservationQueue"]
-
-MAX_GRANT_BLOCKS = 2048  # a Grant of so many, each a run of its own, fits into a packet
 
 
 class QueueFull(Rejected):
@@ -41,7 +39,7 @@ class ReservationQueue:
     """The waiting requests over one pool. No clock, no asyncio: the caller has the deadlines.
 
     Call :meth:`pump` after every call that may have freed blocks: `pool.free`, `pool.trim`,
-    :meth:`cancel`, and a :meth:`claim` or :meth:`request` for less than was held.
+    :meth:`cancel`, and a :meth:`request` for less than was held.
 
     Args:
         pool: whose blocks are granted.
@@ -85,7 +83,8 @@ class ReservationQueue:
 
         A claimed key may get fewer tokens than it asked for, and owns what it gets. What an
         expected key gets is a soft hold: good to know, not to use. A key that waits or holds
-        already changes its length, and its rank if it is claimed now; it is never demoted.
+        already changes its length, and its rank if it is claimed now; it is never demoted. A
+        hold that is claimed becomes a grant, of exactly `num_tokens` if that can be had.
 
         Raises:
             QueueFull: it would have to wait, and too many do.
@@ -106,16 +105,6 @@ class ReservationQueue:
             del rank[key]
             raise QueueFull(self.num_waiting)
         return allocation
-
-    def claim(self, key: int, num_tokens: int) -> Allocation | None:
-        """Turn the soft hold of `key` into a grant, or its place among the expected into a claim.
-
-        The grant is exactly `num_tokens` if that can be had, else what was held.
-
-        Raises:
-            QueueFull: `key` neither waited nor held, would have to wait, and too many do.
-        """
-        return self.request(key, num_tokens, claimed=True)
 
     def request_whole(self, num_tokens: int, behind: Allocation | None) -> Allocation | None:
         """Ask for all of `num_tokens` more tokens now, for a resume; None if that cannot be.

@@ -16,21 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import IncompatibleSchema
 from ..types import Field, Schema
-from .arrays import load_array_library, loaded_instance
+from .arrays import loaded_instance
 from .device_rows import LEGACY_STREAM, DeviceRows, Producers
 from .memcpy import address_of, copy_bytes
-from .received import JoinedTensors, PoolTensors
 
 if TYPE_CHECKING:
     import numpy
     import torch
 
 __all__ = [
-    "JoinedTensors",
     "Memory",
-    "PoolTensors",
     "TokenRows",
-    "load_array_library",
     "memory_of",
     "rows_of",
 ]
@@ -47,7 +43,7 @@ class _Source(NamedTuple):
     owner: object = None
     """Keeps the memory at `address` alive."""
     copy: Callable[[memoryview, int, int], None] | None = None
-    """Copies rows that are neither of both: target, first, count."""
+    """Copies rows that have neither `flat` nor `address`: target, first, count."""
     device: str = "cpu"
     on_device: DeviceRows | None = None
     """Where the rows lie on a GPU, if they do."""
@@ -268,7 +264,7 @@ def _torch_source(name: str, field: Field, tensor: torch.Tensor, producers: Prod
     # Few calls of torch: after some idle milliseconds each costs tens of microseconds.
     rows = tensor.detach().resolve_conj().resolve_neg() if _is_lazy(tensor) else tensor
     if rows.is_cpu and rows.is_contiguous():
-        return _dense_torch_source(name, field, rows)
+        return _dense_torch_source(name, rows)
     if rows.is_cuda:
         return _torch_cuda_source(field, rows, producers)
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -285,7 +281,7 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
     return tensor.is_conj() or tensor.is_neg()
 
 
-def _dense_torch_source(name: str, field: Field, rows: torch.Tensor) -> _Source:
+def _dense_torch_source(name: str, rows: torch.Tensor) -> _Source:
     num_tokens, address = rows.shape[0], rows.data_ptr()  # len() of torch's runs Python
     if not num_tokens:
         return _Source(0, memoryview(b""))

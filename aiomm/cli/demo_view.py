@@ -50,7 +50,7 @@ def show_report(report: Report, console: Console) -> None:
     transfers = report.transfers
     if len(transfers) <= MAX_LIVES:
         for transfer in transfers:
-            console.print(_life(transfer, report.options))
+            console.print(_life(transfer))
     else:
         console.print(_table(transfers))
     console.print(_verdict(report), soft_wrap=True, highlight=False)
@@ -75,7 +75,7 @@ def _header(report: Report) -> Panel:
     return Panel("\n".join(lines), title="aiomm demo", title_align="left", expand=False)
 
 
-def _life(transfer: Travelled, options: Options) -> RenderableType:
+def _life(transfer: Travelled) -> RenderableType:
     sent, received = transfer.sent, transfer.received
     states = Table("sender", "at", "receiver", "at", box=None, padding=(0, 2, 0, 0))
     count = max(len(sent.states), len(received.states))

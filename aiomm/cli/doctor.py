@@ -204,9 +204,7 @@ def _limits() -> dict[str, dict[str, int | None]]:
     wanted = {"open_files": resource.RLIMIT_NOFILE, "locked_memory_bytes": resource.RLIMIT_MEMLOCK}
     limits = {}
     for name, which in wanted.items():
-        soft, hard = (
-            None if it == resource.RLIM_INFINITY else it for it in resource.getrlimit(which)
-        )
+        soft, hard = map(_finite, resource.getrlimit(which))
         limits[name] = {"soft": soft, "hard": hard}
     return limits
 

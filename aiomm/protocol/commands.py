@@ -172,7 +172,7 @@ class Deliver(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """Either side: tell the user that the transfer failed. `number`: the sender's generation."""
+    """Either side: tell the user that it has failed. `number`: a sender's is the generation."""
 
     number: int
     failure: Failure
@@ -181,7 +181,7 @@ class Fail:
 
 
 class Serve(msgspec.Struct, frozen=True):
-    """Sender: a receiver redeems the offer `request_id`: its tensors are this transfer's too."""
+    """Sender: a receiver redeems the offer of this request id: its tensors are this transfer's."""
 
     transfer: TransferId
 
@@ -201,7 +201,7 @@ class Greet(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A link is over. `proven`: the peer is dead or has drained, and can write nothing."""
+    """A peer cannot be reached. `proven`: it has died or drained, for good; else it may return."""
 
     peer: int
     failure: Failure

@@ -2,7 +2,7 @@
 
 A frame travels in a :class:`Packet` together with both epochs and the link's sequence
 numbers. All are msgspec arrays: new fields go to the end and have a default; any other change
-raises :data:`PROTOCOL_VERSION`. Every field is bounded before memory is taken for it.
+increments :data:`PROTOCOL_VERSION`. Every field is bounded before memory is taken for it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..errors import Failure, IncompatibleSchema, ProtocolError, Reason
 from ..types import (
     MAX_DIMS,
     MAX_FIELDS,
+    MAX_GRANT_BLOCKS,
     MAX_NAME,
     MAX_REQUEST_ID,
     Extent,
@@ -59,7 +60,6 @@ __all__ = [
 
 PROTOCOL_VERSION: Final = 1
 MAX_METADATA_NBYTES = 32 * 1024
-MAX_GRANT_BLOCKS = 4096
 MAX_MESSAGE = 2048
 MAX_SECONDS = 1e9
 

@@ -40,7 +40,7 @@ from .events import (
     Written,
 )
 from .states import State
-from .transfer import Commands, ProtocolViolation, Transfer, one_run
+from .transfer import Commands, ProtocolViolation, Transfer, merged
 
 __all__ = ["ReceiveTransfer"]
 
@@ -50,7 +50,7 @@ class ReceiveTransfer(Transfer):
 
     Invariants: `_allocations` hold, in order, the tokens from `_moved_tokens` on; every grant
     but the last is full; while `_is_copying`, our own thread reads the blocks of the first
-    `_leaving` of them, to move them out, or of all, to join them.
+    `_leaving_allocations` of them, to move them out, or of all, to join them.
     """
 
     id: TransferId | None = None
@@ -73,7 +73,7 @@ class ReceiveTransfer(Transfer):
         """Token at which each grant ends."""
         self._allocations: list[Allocation] = []
         self._moved_tokens = 0
-        self._leaving = self._leaving_tokens = self._leaving_grants = 0
+        self._leaving_allocations = self._leaving_tokens = self._leaving_grants = 0
         """Allocations that are being moved out, and the tokens and grants in them."""
         self._is_copying = False
         self._is_sealed = False
@@ -135,7 +135,7 @@ class ReceiveTransfer(Transfer):
         return [self.reservation]
 
     def _reserve_rest(self) -> Commands:
-        staying = self._allocations[self._leaving if self._is_copying else 0 :]
+        staying = self._allocations[self._leaving_allocations if self._is_copying else 0 :]
         behind = staying[-1] if staying else None
         self.reservation = ReserveRest(self.number, self._rest(), behind)
         return [self.reservation]
@@ -206,7 +206,7 @@ class ReceiveTransfer(Transfer):
     def _move_out(self) -> Commands:
         """Move out what is here, all of it landed. What is free meanwhile is granted meanwhile."""
         self._is_copying = True
-        self._leaving, self._leaving_grants = len(self._allocations), len(self.grants)
+        self._leaving_allocations, self._leaving_grants = len(self._allocations), len(self.grants)
         self._leaving_tokens = self.transferred_tokens - self._moved_tokens
         moving: Commands = [MoveOut(self.number, self._landed(), self.total)]
         if self._rest() <= 0:
@@ -215,7 +215,7 @@ class ReceiveTransfer(Transfer):
 
     def _landed(self) -> tuple[Extent, ...]:
         """The extents that hold the tokens that are still in the pool, in their order."""
-        return one_run(part_of(self._held(), 0, self.transferred_tokens - self._moved_tokens))
+        return merged(part_of(self._held(), 0, self.transferred_tokens - self._moved_tokens))
 
     def _extents_of(self, event: Written) -> tuple[Extent, ...]:
         return part_of(self._held(), event.start - self._moved_tokens, event.count)
@@ -309,8 +309,8 @@ class ReceiveTransfer(Transfer):
         self._is_copying = False
         if self.state.is_terminal:
             return self._release()
-        gone = tuple(self._allocations[: self._leaving])
-        del self._allocations[: self._leaving]
+        gone = tuple(self._allocations[: self._leaving_allocations])
+        del self._allocations[: self._leaving_allocations]
         self._moved_tokens += self._leaving_tokens
         commands: Commands = [Release(self.number, gone, self._leaving_grants)]
         landed = self._landed()

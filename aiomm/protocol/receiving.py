@@ -182,12 +182,6 @@ class ReceiveEndpoint(Endpoint):
                 session.send(frames.Refuse(number, failure.reason, frames.clipped(failure.message)))
         self._feed(number, events.Failed(failure), now)
 
-    def cancel(self, request_id: str, failure: Failure, now: float) -> None:
-        """Give the request of that id up, if there is one."""
-        number = self._by_request_id.get(request_id)
-        if number is not None:
-            self.fail(number, failure, now)
-
     def taken(self, number: int) -> None:
         """The user has the result, or has been told of the failure: the request is over."""
         request = self._requests.get(number)

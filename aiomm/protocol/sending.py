@@ -166,7 +166,7 @@ class SendEndpoint(Endpoint):
             self._regrets[generation] = opened
 
     def offer(
-        self, request_id: str, key: bytes, total: int, metadata: bytes, timeout: float, now: float
+        self, request_id: str, key: bytes, total: int, metadata: bytes, timeout: float
     ) -> None:
         """Let receivers redeem `request_id` until it is withdrawn.
 

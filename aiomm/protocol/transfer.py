@@ -15,7 +15,7 @@ from ..types import Extent, TransferId
 from .commands import TransferCommand
 from .states import Edge, State, next_state
 
-__all__ = ["Commands", "ProtocolViolation", "Transfer", "check_extents", "one_run"]
+__all__ = ["Commands", "ProtocolViolation", "Transfer", "check_extents", "merged"]
 
 Commands: TypeAlias = list[TransferCommand]
 
@@ -24,15 +24,15 @@ class ProtocolViolation(Exception):
     """The peer did what the protocol does not allow."""
 
 
-def one_run(extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
+def merged(extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
     """Return `extents` with neighbours merged that follow each other in this order."""
-    merged: list[Extent] = []
+    runs: list[Extent] = []
     for extent in extents:
-        if merged and merged[-1].stop == extent.start:
-            merged[-1] = Extent(merged[-1].start, extent.stop)
+        if runs and runs[-1].stop == extent.start:
+            runs[-1] = Extent(runs[-1].start, extent.stop)
         elif extent.num_tokens:
-            merged.append(extent)
-    return tuple(merged)
+            runs.append(extent)
+    return tuple(runs)
 
 
 def check_extents(extents: tuple[Extent, ...]) -> None:

@@ -110,7 +110,7 @@ class TestRequest:
         blocker = drain(queue)
         queue.request(1, 10, claimed=False)
         queue.request(2, 10, claimed=True)
-        assert queue.claim(1, 20) is None
+        assert queue.request(1, 20, claimed=True) is None
         queue.pool.free(blocker)
         assert [(key, tokens(one)) for key, one in queue.pump()] == [(2, 10), (1, 20)]
 
@@ -120,14 +120,14 @@ class TestSoftHolds:
         for need in (10, 80, 100, 120, 130):
             queue = queue_over(12)
             queue.request(1, 80, claimed=False)
-            assert tokens(queue.claim(1, need)) == (need if need <= 120 else 60)
+            assert tokens(queue.request(1, need, claimed=True)) == (need if need <= 120 else 60)
             assert queue.num_held == 0
 
     def test_a_claim_beyond_reach_gets_the_hold(self) -> None:
         queue = queue_over(12)
         queue.request(1, 80, claimed=False)
         queue.pool.allocate(2)
-        assert tokens(queue.claim(1, 110)) == 80
+        assert tokens(queue.request(1, 110, claimed=True)) == 80
 
     def test_thirty_short_claims_fit_a_pool_for_exactly_thirty(self) -> None:
         queue = queue_over(30)
@@ -135,7 +135,7 @@ class TestSoftHolds:
         for key in range(30):
             queue.request(key, 80, claimed=False)
         for key in range(30):
-            granted.append(queue.claim(key, 10))
+            granted.append(queue.request(key, 10, claimed=True))
             queue.pump()
         assert [tokens(one) for one in granted] == [10] * 30
 
@@ -146,9 +146,9 @@ class TestSoftHolds:
         queue.request(3, 10, claimed=False)
         taker = queue.request(4, 10, claimed=True)
         assert tokens(taker) == 10
-        assert tokens(queue.claim(1, 20)) == 20
-        assert tokens(queue.claim(3, 10)) == 10
-        assert queue.claim(2, 20) is None
+        assert tokens(queue.request(1, 20, claimed=True)) == 20
+        assert tokens(queue.request(3, 10, claimed=True)) == 10
+        assert queue.request(2, 20, claimed=True) is None
 
     def test_taken_back_keys_come_first_again(self) -> None:
         queue = queue_over(4)
@@ -161,7 +161,10 @@ class TestSoftHolds:
         queue.pool.free(taker)
         assert queue.pump() == []
         assert queue.num_held == 2
-        assert (tokens(queue.claim(1, 20)), tokens(queue.claim(2, 20))) == (20, 20)
+        assert (
+            tokens(queue.request(1, 20, claimed=True)),
+            tokens(queue.request(2, 20, claimed=True)),
+        ) == (20, 20)
 
     def test_a_hold_changes_its_length(self) -> None:
         queue = queue_over(4)
@@ -301,7 +304,7 @@ class QueueModel(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(list(self.expected)))
         del self.expected[key]
         held = self.queue.num_held
-        allocation = self.queue.claim(key, num_tokens)
+        allocation = self.queue.request(key, num_tokens, claimed=True)
         if allocation is not None and self.queue.num_held < held:
             self.granted.append(allocation)  # the hold, larger or smaller
             self.pumped()

@@ -13,10 +13,12 @@ import torch
 
 from aiomm.buffers import received
 from aiomm.buffers.arena import HostArena
+from aiomm.buffers.arrays import load_array_library
 from aiomm.buffers.layout import Layout
+from aiomm.buffers.received import JoinedTensors, PoolTensors
 from aiomm.buffers.shm import MemfdArena
 from aiomm.buffers.spare import SpareMemory
-from aiomm.buffers.tensors import JoinedTensors, PoolTensors, load_array_library, rows_of
+from aiomm.buffers.tensors import rows_of
 from aiomm.errors import Rejected
 from aiomm.types import DTYPE_NBYTES, Extent, Field, Schema
 
@@ -189,7 +191,8 @@ from aiomm.types import Extent, Field, Schema
 from aiomm.buffers.arena import HostArena
 from aiomm.buffers.layout import Layout
 from aiomm.buffers.spare import SpareMemory
-from aiomm.buffers.tensors import JoinedTensors, PoolTensors, load_array_library
+from aiomm.buffers.arrays import load_array_library
+from aiomm.buffers.received import JoinedTensors, PoolTensors
 {}
 schema = Schema(x=Field("{}", 2))
 layout = Layout(schema, 8, num_probes=0)

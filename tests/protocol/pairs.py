@@ -106,7 +106,7 @@ class Pair:
 
     def offer(self, name: str = "request", *, tokens: int = 10, timeout: float = 30.0) -> None:
         """Let the sender offer a request."""
-        self.sender.endpoint.offer(name, KEY, tokens, b"meta", timeout, self.now)
+        self.sender.endpoint.offer(name, KEY, tokens, b"meta", timeout)
         self.sender.offered[name] = tokens
 
     def give_up(self, process: Process, number: int) -> None:

@@ -232,7 +232,7 @@ def free_what_is_written_meanwhile(patch: pytest.MonkeyPatch) -> None:
     original = ReceiveTransfer._moved_out
 
     def moved_out(self: ReceiveTransfer) -> list[Any]:
-        self._leaving = len(self._allocations)
+        self._leaving_allocations = len(self._allocations)
         return original(self)
 
     patch.setattr(ReceiveTransfer, "_moved_out", moved_out)

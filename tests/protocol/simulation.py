@@ -157,7 +157,7 @@ class Simulation:
 
         def offer() -> None:
             sender.endpoint.withdraw(name)
-            sender.endpoint.offer(name, KEY, total, b"meta", self.timeout(), self.now)
+            sender.endpoint.offer(name, KEY, total, b"meta", self.timeout())
             sender.offered[name] = total
 
         sender.later(0.0, offer)

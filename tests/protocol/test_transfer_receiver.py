@@ -9,7 +9,7 @@ from aiomm.protocol import events, frames
 from aiomm.protocol.events import Reserved, Written
 from aiomm.protocol.receive_transfer import ReceiveTransfer
 from aiomm.protocol.states import State
-from aiomm.protocol.transfer import ProtocolViolation, one_run
+from aiomm.protocol.transfer import ProtocolViolation, merged
 from aiomm.types import Extent
 
 from .parts import FAILURE, TRANSFER, allocation
@@ -448,9 +448,9 @@ class TestReceiver:
 def test_neighbours_become_one_run() -> None:
     """Only neighbours in the order of the tokens merge; empty extents vanish."""
     a, b, c = Extent(0, 4), Extent(4, 8), Extent(12, 16)
-    assert one_run((a, b, c)) == (Extent(0, 8), c)
-    assert one_run((b, a)) == (b, a)
-    assert one_run((Extent(4, 4), a)) == (a,)
+    assert merged((a, b, c)) == (Extent(0, 8), c)
+    assert merged((b, a)) == (b, a)
+    assert merged((Extent(4, 4), a)) == (a,)
 
 
 class TestChecksums:
