@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -52,6 +52,8 @@ class Endpoint(ABC):
         """Lives that are over: a late packet must not begin them again. Oldest first."""
         self._refused: set[Path] = set()
         self._commands: deque[Command] = deque()
+        self._of_peer: defaultdict[int, set[int]] = defaultdict(set)
+        """The numbers of what is tied to each peer and not over yet."""
         self._agenda = Agenda()
         self._deadlines: list[tuple[float, int]] = []
         self._deadlines_limit = MIN_DEADLINES
@@ -172,10 +174,6 @@ class Endpoint(ABC):
         return False
 
     @abstractmethod
-    def _is_needed(self, peer: int) -> bool:
-        """Whether transfers with that peer are not settled."""
-
-    @abstractmethod
     def _greeted(self, session: Session, path: Path, now: float) -> None:
         """A link stands, first contacted over `path`."""
 
@@ -215,6 +213,21 @@ class Endpoint(ABC):
             self._deadlines = [each for each in self._deadlines if self._is_open(each[1])]
             heapq.heapify(self._deadlines)
             self._deadlines_limit = MIN_DEADLINES + 2 * len(self._deadlines)
+
+    def _tie(self, number: int, session: Session, now: float) -> None:
+        """Wait for that peer until this number is over."""
+        self._of_peer[session.peer_epoch].add(number)
+        session.begin_waiting(now)
+
+    def _untie(self, number: int, peer: int) -> None:
+        """Wait for that peer no longer, unless others do."""
+        numbers = self._of_peer[peer]
+        numbers.discard(number)
+        if not numbers:
+            del self._of_peer[peer]
+            session = self.sessions.get(peer)
+            if session is not None:
+                session.end_waiting()
 
     def _do(self, commands: Iterable[Command]) -> None:
         self._commands.extend(commands)
@@ -369,7 +382,7 @@ class Endpoint(ABC):
     def _make_room(self, now: float) -> bool:
         """Forget a peer that is lost and has nothing to settle; False if there is none."""
         for peer, session in self.sessions.items():
-            if session.is_lost and not self._is_needed(peer):
+            if session.is_lost and not self._of_peer.get(peer):
                 self._part(peer, Failure(Reason.BUSY, "forgotten in favour of new peers"), now)
                 return True
         return False

@@ -7,7 +7,6 @@ it unasked; it ends when the user has taken its result, or by its deadline.
 from __future__ import annotations
 
 import hmac
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -116,7 +115,6 @@ class ReceiveEndpoint(Endpoint):
         self._requests: dict[int, _Request] = {}
         self._by_request_id: dict[str, int] = {}
         self._by_transfer: dict[tuple[int, TransferId], int] = {}
-        self._of_peer: defaultdict[int, set[int]] = defaultdict(set)
 
     # What the user asks for.
 
@@ -261,9 +259,6 @@ class ReceiveEndpoint(Endpoint):
     def _is_knock(self, hello: Hello) -> bool:
         return False
 
-    def _is_needed(self, peer: int) -> bool:
-        return bool(self._of_peer.get(peer))
-
     def _is_void(self, command: Command) -> bool:
         """Whether it is a reservation that was answered, replaced or given up meanwhile."""
         if not isinstance(command, Reserve | ReserveRest):
@@ -370,24 +365,9 @@ class ReceiveEndpoint(Endpoint):
         """Drop a request that holds no block and that nobody can ask for any more."""
         if not request.is_open and request.transfer.is_settled:
             self._requests.pop(request.transfer.number, None)
-            self._untie(request)
-
-    def _untie(self, request: _Request) -> None:
-        number = request.transfer.number
-        if request.transfer.id is not None:
-            self._by_transfer.pop((request.peer, request.transfer.id), None)
-        siblings = self._of_peer[request.peer]
-        siblings.discard(number)
-        if not siblings:
-            del self._of_peer[request.peer]
-            session = self.sessions.get(request.peer)
-            if session is not None:
-                session.is_busy = False
-
-    def _tie(self, request: _Request, session: Session, now: float) -> None:
-        request.peer = session.peer_epoch
-        self._of_peer[request.peer].add(request.transfer.number)
-        session.begin_waiting(now)
+            if request.transfer.id is not None:
+                self._by_transfer.pop((request.peer, request.transfer.id), None)
+            self._untie(request.transfer.number, request.peer)
 
     def _ask(self, request: _Request, session: Session, now: float) -> None:
         number = request.transfer.number
@@ -402,7 +382,8 @@ class ReceiveEndpoint(Endpoint):
             message = f"the peer {name!r} is no sender"
             self._feed(number, events.Failed(Failure(Reason.REJECTED, message)), now)
         else:
-            self._tie(request, session, now)
+            request.peer = session.peer_epoch
+            self._tie(number, session, now)
             left = max(0.0, request.deadline - now)
             key = request.redeem_key or b""
             session.send(frames.Redeem(request.request_id, key, number, left))
@@ -432,10 +413,10 @@ class ReceiveEndpoint(Endpoint):
                 self._feed(request.transfer.number, events.Failed(failure), now)
         else:
             assert request is not None
-            self._tie(request, session, now)
-            self._by_transfer[peer, transfer] = request.transfer.number
-            claimed = events.Claimed(transfer, offer.total, offer.metadata)
-            self._feed(request.transfer.number, claimed, now)
+            request.peer, number = peer, request.transfer.number
+            self._tie(number, session, now)
+            self._by_transfer[peer, transfer] = number
+            self._feed(number, events.Claimed(transfer, offer.total, offer.metadata), now)
 
     def _objection(self, session: Session, offer: frames.Offer) -> Failure | None:
         """Say why this transfer cannot be received, whatever request it is for."""

@@ -96,7 +96,6 @@ class SendEndpoint(Endpoint):
         self._waiting: dict[int, _Opened] = {}
         self._regrets: dict[int, _Opened] = {}
         """Given up before the first contact; the receiver waits, and is told when it is there."""
-        self._of_peer: defaultdict[int, set[int]] = defaultdict(set)
         self._offers: dict[str, _Offered] = {}
         self._wanted: defaultdict[str, list[_Wanted]] = defaultdict(list)
 
@@ -226,9 +225,6 @@ class SendEndpoint(Endpoint):
     def _is_knock(self, hello: Hello) -> bool:
         return hello.role == "receiver" and not hello.link
 
-    def _is_needed(self, peer: int) -> bool:
-        return bool(self._of_peer.get(peer))
-
     def _greeted(self, session: Session, path: Path, now: float) -> None:
         for generation, opened in [*self._waiting.items(), *self._regrets.items()]:
             if (
@@ -336,8 +332,7 @@ class SendEndpoint(Endpoint):
             self._feed(generation, events.Failed(obstacle), now)
             return
         opened.peer = session.peer_epoch
-        self._of_peer[opened.peer].add(generation)
-        session.begin_waiting(now)
+        self._tie(generation, session, now)
         left = max(0.0, opened.deadline - now)
         self._apply(opened, opened.transfer.offer(opened.key, redemption, left))
         difference = self._difference(session)
@@ -400,18 +395,10 @@ class SendEndpoint(Endpoint):
             elif session is not None:
                 session.send(command.frame)
         if opened.transfer.is_settled:
-            self._forget(opened, session)
-
-    def _forget(self, opened: _Opened, session: Session | None) -> None:
-        generation = opened.transfer.id.generation
-        self._opened.pop(generation, None)
-        self._waiting.pop(generation, None)
-        siblings = self._of_peer[opened.peer]
-        siblings.discard(generation)
-        if not siblings:
-            del self._of_peer[opened.peer]
-            if session is not None:
-                session.is_busy = False
+            generation = opened.transfer.id.generation
+            self._opened.pop(generation, None)
+            self._waiting.pop(generation, None)
+            self._untie(generation, opened.peer)
 
     # Offers and what receivers ask for.
 

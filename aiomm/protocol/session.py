@@ -241,6 +241,10 @@ class Session:
         self.is_busy = True
         self._changed(self)
 
+    def end_waiting(self) -> None:
+        """Nobody waits for this peer any more."""
+        self.is_busy = False
+
     def _waits_for_peer(self) -> bool:
         return self.is_busy or bool(self._unacknowledged or self._unsent)
 
