@@ -20,12 +20,12 @@ from typing import Any, ClassVar
 
 import zmq
 
-from aiomm.control.curve import Complaints
-from aiomm.control.delivery import Delivery
-from aiomm.control.event_socket import Intake
-from aiomm.control.keys import Keys
-from aiomm.control.links import Limits, PumpFactory, RouterLink, ZmqPeer
-from aiomm.control.zeromq import ZmqChannel
+from .curve import Complaints
+from .delivery import Delivery
+from .event_socket import Intake
+from .keys import Keys
+from .links import Limits, PumpFactory, RouterLink, ZmqPeer
+from .zeromq import ZmqChannel
 
 __all__ = ["AiozmqChannel"]
 

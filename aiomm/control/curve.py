@@ -12,9 +12,9 @@ import logging
 import zmq
 from zmq.utils import z85
 
-from aiomm.control.base import MAX_PACKET_NBYTES
-from aiomm.control.event_socket import EventSocket
-from aiomm.control.keys import KeyPair, Keys
+from .base import MAX_PACKET_NBYTES
+from .event_socket import EventSocket
+from .keys import KeyPair, Keys
 
 __all__ = ["Authenticator", "Complaints", "secure_client", "secure_server"]
 

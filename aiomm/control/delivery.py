@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from aiomm.control.base import Channel, Handler, Peer
+from .base import Channel, Handler, Peer
 
 __all__ = ["Delivery"]
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import zmq
 from zmq.utils import z85
 
-from aiomm.config import EndpointSettings
-from aiomm.control.address import TcpAddress
+from ..config import EndpointSettings
+from .address import TcpAddress
 
 __all__ = ["KeyPair", "Keys", "KnownKey", "keys_from", "write_key_pair"]
 

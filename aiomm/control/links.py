@@ -24,11 +24,11 @@ from typing import ClassVar
 
 import zmq
 
-from aiomm.control.base import MAX_PACKET_NBYTES
-from aiomm.control.connections import host_behind, recover_quickly
-from aiomm.control.curve import Complaints
-from aiomm.control.delivery import Delivery
-from aiomm.control.event_socket import EventMonitor, Intake, Pump
+from .base import MAX_PACKET_NBYTES
+from .connections import host_behind, recover_quickly
+from .curve import Complaints
+from .delivery import Delivery
+from .event_socket import EventMonitor, Intake, Pump
 
 __all__ = ["DealerLink", "Limits", "Link", "PumpFactory", "RouterLink", "ZmqPeer"]
 

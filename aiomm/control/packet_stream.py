@@ -15,7 +15,7 @@ import termios
 from collections.abc import Sequence
 from typing import Protocol
 
-from aiomm.control.base import MAX_PACKET_NBYTES
+from .base import MAX_PACKET_NBYTES
 
 __all__ = ["PacketStream", "StreamIntake"]
 

@@ -16,11 +16,11 @@ import socket
 from collections.abc import Sequence
 from typing import ClassVar
 
-from aiomm.control.base import Channel, Handler, Peer, check_packet
-from aiomm.control.delivery import Delivery
-from aiomm.control.packet_stream import PacketStream
-from aiomm.errors import PoolClosed
-from aiomm.processes import ProcessWatch, peer_credentials, peer_pidfd
+from ..errors import PoolClosed
+from ..processes import ProcessWatch, peer_credentials, peer_pidfd
+from .base import Channel, Handler, Peer, check_packet
+from .delivery import Delivery
+from .packet_stream import PacketStream
 
 __all__ = ["ANY_UNIX_ADDRESS", "UnixChannel", "UnixPeer"]
 

@@ -14,15 +14,15 @@ from typing import ClassVar
 import zmq
 from zmq.utils import z85
 
-from aiomm.control.address import Address, IpcAddress, TcpAddress, parse_address, require_allowed
-from aiomm.control.base import Channel, Handler, Peer, check_packet
-from aiomm.control.curve import Authenticator, Complaints, secure_client, secure_server
-from aiomm.control.delivery import Delivery
-from aiomm.control.event_socket import EventSocket
-from aiomm.control.keys import KeyPair, Keys
-from aiomm.control.links import DealerLink, Limits, Link, PumpFactory, RouterLink, ZmqPeer
-from aiomm.control.private_path import PathClaim
-from aiomm.errors import PoolClosed
+from ..errors import PoolClosed
+from .address import Address, IpcAddress, TcpAddress, parse_address, require_allowed
+from .base import Channel, Handler, Peer, check_packet
+from .curve import Authenticator, Complaints, secure_client, secure_server
+from .delivery import Delivery
+from .event_socket import EventSocket
+from .keys import KeyPair, Keys
+from .links import DealerLink, Limits, Link, PumpFactory, RouterLink, ZmqPeer
+from .private_path import PathClaim
 
 __all__ = ["Limits", "ZmqChannel"]
 
