@@ -147,7 +147,7 @@ class _AiozmqPump:
         self._intake.turn_began()
         self.look()
 
-    def connection_lost(self, error: BaseException | None) -> None:
+    def connection_lost(self, exc: BaseException | None) -> None:
         """End: aiozmq closes the socket after this."""
         self._transport = None
 
@@ -186,6 +186,6 @@ class _AiozmqPump:
 def _import_aiozmq() -> ModuleType:
     try:
         return importlib.import_module("aiozmq")
-    except ImportError as error:
-        message = f'control="aiozmq" needs aiozmq: pip install "aiomm[aiozmq]" ({error})'
-        raise ImportError(message) from error
+    except ImportError as exc:
+        message = f'control="aiozmq" needs aiozmq: pip install "aiomm[aiozmq]" ({exc})'
+        raise ImportError(message) from exc

@@ -18,7 +18,7 @@ from .keys import KeyPair, Keys
 
 __all__ = ["Authenticator", "Complaints", "secure_client", "secure_server"]
 
-_logger = logging.getLogger("aiomm.control")
+logger = logging.getLogger("aiomm.control")
 
 _ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"aiomm"
@@ -54,7 +54,7 @@ class Complaints:
     def make(self, about: object, message: str) -> None:
         """Log `message`, unless that was done for `about` before."""
         level = logging.DEBUG if about in self._made else logging.WARNING
-        _logger.log(level, "%s", message)
+        logger.log(level, "%s", message)
         self._made[about] = None
         if len(self._made) > _MAX_COMPLAINTS:
             del self._made[next(iter(self._made))]
@@ -94,13 +94,13 @@ class Authenticator:
         try:
             is_known = self._is_known(question)
         except Exception:
-            _logger.exception("! a client's key could not be checked")
+            logger.exception("! a client's key could not be checked")
             is_known = False
         status, text = (b"200", b"OK") if is_known else (b"400", b"unknown key")
         try:
             self._pump.send([*envelope, _VERSION, question[1], status, text, b"", b""])
-        except zmq.ZMQError as error:
-            _logger.warning("! a client's handshake cannot be answered: %s", error)
+        except zmq.ZMQError as exc:
+            logger.warning("! a client's handshake cannot be answered: %s", exc)
 
     def _is_known(self, question: list[bytes]) -> bool:
         version, _, domain, address, _, mechanism, *credentials = question

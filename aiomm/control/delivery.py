@@ -9,7 +9,7 @@ from .base import Channel, Handler, Peer
 
 __all__ = ["Delivery"]
 
-_logger = logging.getLogger("aiomm.control")
+logger = logging.getLogger("aiomm.control")
 
 
 class Delivery:
@@ -43,4 +43,4 @@ class Delivery:
     # Every exception ends here: whatever a handler does wrong with one call, the next packets and
     # the other peers must still be served.
     def _log(self, peer: Peer) -> None:
-        _logger.exception("! handler failed on %s; it goes on with the next call", peer)
+        logger.exception("! handler failed on %s; it goes on with the next call", peer)

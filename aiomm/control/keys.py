@@ -25,7 +25,7 @@ from .address import TcpAddress
 
 __all__ = ["KeyPair", "Keys", "KnownKey", "keys_from", "write_key_pair"]
 
-_logger = logging.getLogger("aiomm.control")
+logger = logging.getLogger("aiomm.control")
 
 _KEY_LENGTH = 40
 _KEY_NBYTES = 32
@@ -71,8 +71,8 @@ class Keys:
             self._state = state
             try:
                 self._known = frozenset(_known(self._source))
-            except ValueError as error:
-                _logger.warning("! the known keys stay as they were: %s", error)
+            except ValueError as exc:
+                logger.warning("! the known keys stay as they were: %s", exc)
         return self._known
 
     def knows(self, public: bytes) -> bool:
@@ -157,9 +157,9 @@ def _write(file: Path, text: str, mode: int) -> None:
 def _read_pair(file: Path) -> KeyPair:
     try:
         status = file.stat()
-    except OSError as error:
-        message = f"key_file {file}: {error.strerror}; `aiomm keygen` makes one"
-        raise ValueError(message) from error
+    except OSError as exc:
+        message = f"key_file {file}: {exc.strerror}; `aiomm keygen` makes one"
+        raise ValueError(message) from exc
     if stat.S_IMODE(status.st_mode) & 0o077:
         message = f"key_file {file} is open to other users: chmod 600 {file}"
         raise ValueError(message)
@@ -177,9 +177,9 @@ def _read_pair(file: Path) -> KeyPair:
 def _pair_of(secret: bytes, where: str) -> KeyPair:
     try:
         return KeyPair(zmq.curve_public(secret), secret)
-    except (ValueError, zmq.ZMQError) as error:
+    except (ValueError, zmq.ZMQError) as exc:
         message = f"{where}: not a secret key, which is {_KEY_LENGTH} characters of Z85"
-        raise ValueError(message) from error
+        raise ValueError(message) from exc
 
 
 def _parts(source: str) -> Iterator[str]:
@@ -233,6 +233,6 @@ def _load(file: Path) -> tuple[bytes, bytes | None]:
 
     try:
         return load_certificate(file)
-    except (OSError, ValueError) as error:
-        message = f"{file}: {error}"
-        raise ValueError(message) from error
+    except (OSError, ValueError) as exc:
+        message = f"{file}: {exc}"
+        raise ValueError(message) from exc

@@ -32,7 +32,7 @@ from .event_socket import EventMonitor, Intake, Pump
 
 __all__ = ["DealerLink", "Limits", "Link", "PumpFactory", "RouterLink", "ZmqPeer"]
 
-_logger = logging.getLogger("aiomm.control")
+logger = logging.getLogger("aiomm.control")
 
 PumpFactory = Callable[[asyncio.AbstractEventLoop, "zmq.Socket[bytes]", Intake], Pump]
 """Makes the pump of a socket: :class:`EventSocket`, or one built on another library."""
@@ -145,8 +145,8 @@ class Link(ABC):
             self._blocked.add(peer)
             self._arm_retry()
             return peer.keep(packet)
-        except zmq.ZMQError as error:
-            self.failed(peer, error)
+        except zmq.ZMQError as exc:
+            self.failed(peer, exc)
             return False
         return True
 
@@ -203,8 +203,8 @@ class Link(ABC):
                 peer.drop_oldest()
         except zmq.Again:
             return False
-        except zmq.ZMQError as error:
-            self.failed(peer, error)
+        except zmq.ZMQError as exc:
+            self.failed(peer, exc)
         return True
 
     def _write(self, peer: ZmqPeer, packet: bytes) -> None:
@@ -268,7 +268,7 @@ class DealerLink(Link):
 
     def failed(self, peer: ZmqPeer, error: zmq.ZMQError) -> None:
         """Only a closing context makes a DEALER fail."""
-        _logger.warning("x cannot send to %s: %s", peer, error)
+        logger.warning("x cannot send to %s: %s", peer, error)
 
     def forget(self, peer: ZmqPeer) -> None:
         """Close the connection with its peer."""
@@ -358,7 +358,7 @@ class RouterLink(Link):
         if error.errno == errno.EHOSTUNREACH:
             self._set_gone(peer)
         else:
-            _logger.warning("x cannot send to %s: %s", peer, error)
+            logger.warning("x cannot send to %s: %s", peer, error)
 
     def forget(self, peer: ZmqPeer) -> None:
         """Silence `peer`. A ROUTER cannot end a single connection."""
@@ -388,7 +388,7 @@ class RouterLink(Link):
     def message_received(self, frames: list[bytes]) -> None:
         """Deliver a packet of a known or new peer; refuse whatever is not identity and packet."""
         if len(frames) != 2 or not frames[1]:
-            _logger.debug("x %d frames of %r refused", len(frames), frames[0])
+            logger.debug("x %d frames of %r refused", len(frames), frames[0])
             return
         identity, packet = frames
         peer = self._peers.get(identity) or self._welcome(identity)
@@ -407,7 +407,7 @@ class RouterLink(Link):
 
     def _welcome(self, identity: bytes) -> ZmqPeer | None:
         if len(self._peers) >= self._limits.peers:
-            _logger.warning("x %r refused: there are %d peers", identity, len(self._peers))
+            logger.warning("x %r refused: there are %d peers", identity, len(self._peers))
             return None
         peer = ZmqPeer(self, identity, self._limits.backlog_nbytes)
         self._peers[identity] = peer
@@ -424,8 +424,8 @@ class RouterLink(Link):
             self.socket.send_multipart([peer.identity, b""], zmq.NOBLOCK)
         except zmq.Again:  # full, so it stands
             return True
-        except zmq.ZMQError as error:
-            return error.errno != errno.EHOSTUNREACH
+        except zmq.ZMQError as exc:
+            return exc.errno != errno.EHOSTUNREACH
         finally:
             self.look()
         return True

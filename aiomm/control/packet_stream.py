@@ -100,8 +100,8 @@ class PacketStream:
             received = self._connection.recv_into(memoryview(self._buffer)[self._filled :], free)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError as error:
-            self._end(f"the connection broke: {error}")
+        except OSError as exc:
+            self._end(f"the connection broke: {exc}")
             return
         if received == 0:
             self._end("the peer closed the connection")

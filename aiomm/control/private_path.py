@@ -62,10 +62,10 @@ def _lock(lock_path: Path, path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_same_file(descriptor, lock_path):
                 return descriptor
-        except BlockingIOError as error:
+        except BlockingIOError as exc:
             os.close(descriptor)
             message = "another process listens at this path"
-            raise OSError(errno.EADDRINUSE, message, str(path)) from error
+            raise OSError(errno.EADDRINUSE, message, str(path)) from exc
         os.close(descriptor)  # its former holder removed it between our open and our lock
 
 

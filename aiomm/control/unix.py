@@ -24,7 +24,7 @@ from .packet_stream import PacketStream
 
 __all__ = ["ANY_UNIX_ADDRESS", "UnixChannel", "UnixPeer"]
 
-_logger = logging.getLogger("aiomm.control")
+logger = logging.getLogger("aiomm.control")
 
 ANY_UNIX_ADDRESS = "unix://"
 """Bind to a new name that nobody can guess."""
@@ -72,7 +72,7 @@ class UnixPeer:
         self.pid = credentials.pid
         if credentials.uid != os.geteuid():
             connection.close()
-            _logger.warning("x connection with user %d refused", credentials.uid)
+            logger.warning("x connection with user %d refused", credentials.uid)
             self.lose_soon(f"it belongs to user {credentials.uid}")
             return
         self._stream = PacketStream(self._loop, connection, self, limit_nbytes=limit_nbytes)
@@ -195,9 +195,9 @@ class UnixChannel(Channel):
         try:
             connection.connect(name)  # on this host it stands at once, or never
             peer.open(connection, self._limit_nbytes)
-        except OSError as error:
+        except OSError as exc:
             connection.close()
-            peer.lose_soon(f"cannot connect to {address}: {error}")
+            peer.lose_soon(f"cannot connect to {address}: {exc}")
         return peer
 
     def send(self, peer: Peer, packet: bytes) -> bool:
@@ -250,8 +250,8 @@ class UnixChannel(Channel):
                 connection, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:
-                self._pause_accepting(loop, error)
+            except OSError as exc:
+                self._pause_accepting(loop, exc)
                 return
             connection.setblocking(False)
             self._new_peer(loop, delivery, known=False).open(connection, self._limit_nbytes)
@@ -260,7 +260,7 @@ class UnixChannel(Channel):
         """Wait a moment: the listener stays readable, and the loop would spin on it."""
         if error.errno not in _OUT_OF_RESOURCES:
             raise error
-        _logger.warning("x cannot take connections for now: %s", error)
+        logger.warning("x cannot take connections for now: %s", error)
         if self._listener is not None:
             loop.remove_reader(self._listener.fileno())
             self._accept_pause = loop.call_later(_ACCEPT_PAUSE, self._resume_accepting)

@@ -104,9 +104,9 @@ class ZmqChannel(Channel):
             return
         try:
             await self._listen(self._bind)
-        except zmq.ZMQError as error:
+        except zmq.ZMQError as exc:
             await self.aclose()
-            raise OSError(error.errno, error.strerror, str(self._bind)) from error
+            raise OSError(exc.errno, exc.strerror, str(self._bind)) from exc
         except OSError:
             await self.aclose()
             raise
@@ -124,10 +124,10 @@ class ZmqChannel(Channel):
                 secure_client(link.socket, *server)
             link.begin(self.pump_factory)
             link.socket.connect(parsed.endpoint())
-        except zmq.ZMQError as error:
+        except zmq.ZMQError as exc:
             link.close()
-            message = f"ZeroMQ does not connect to {address}: {error}"
-            raise ValueError(message) from error
+            message = f"ZeroMQ does not connect to {address}: {exc}"
+            raise ValueError(message) from exc
         self._links = {other for other in self._links if not other.is_closed} | {link}
         return link.peer
 
