@@ -115,20 +115,18 @@ def parse_address(address: str) -> Address:
         return _parse_tcp(address, rest)
     if separator and scheme == "ipc":
         return _parse_ipc(address, rest)
-    message = f"an address is tcp://host:port or ipc://path, not {address!r}"
-    raise ValueError(message)
+    raise ValueError(f"an address is tcp://host:port or ipc://path, not {address!r}")
 
 
 def require_allowed(address: Address, *, has_keys: bool, insecure: bool) -> None:
     """Raise ValueError if `address` leaves this host without keys, and nobody said it may."""
     if has_keys or insecure or address.is_loopback:
         return
-    message = (
+    raise ValueError(
         f"{address} is not a loopback address, and whoever reaches it could talk to this process: "
         "make keys with `aiomm keygen` and pass key_file=, or pass insecure=True on a network "
         "you trust"
     )
-    raise ValueError(message)
 
 
 def _parse_tcp(address: str, rest: str) -> TcpAddress:
@@ -140,8 +138,7 @@ def _parse_tcp(address: str, rest: str) -> TcpAddress:
     strange = not host or any(letter.isspace() or letter in "/;[]?" for letter in host)
     strange = strange or (question != "" and not _is_key(key))
     if port is None or strange or (":" in host) != bracketed:
-        message = f"a TCP address is tcp://host:port, not {address!r}"
-        raise ValueError(message)
+        raise ValueError(f"a TCP address is tcp://host:port, not {address!r}")
     return TcpAddress(host, port, key)
 
 
@@ -157,11 +154,11 @@ def _port(text: str) -> int | None:
 
 def _parse_ipc(address: str, rest: str) -> IpcAddress:
     if not rest or rest[0] in "@*" or "\0" in rest:
-        message = f"an ipc address names a file in a private directory, not {address!r}"
-        raise ValueError(message)
+        raise ValueError(f"an ipc address names a file in a private directory, not {address!r}")
     if len(rest.encode()) > _MAX_IPC_PATH_NBYTES:
-        message = f"the path of an ipc address has at most {_MAX_IPC_PATH_NBYTES} bytes: {address}"
-        raise ValueError(message)
+        raise ValueError(
+            f"the path of an ipc address has at most {_MAX_IPC_PATH_NBYTES} bytes: {address}"
+        )
     return IpcAddress(Path(rest))
 
 

@@ -187,5 +187,6 @@ def _import_aiozmq() -> ModuleType:
     try:
         return importlib.import_module("aiozmq")
     except ImportError as exc:
-        message = f'control="aiozmq" needs aiozmq: pip install "aiomm[aiozmq]" ({exc})'
-        raise ImportError(message) from exc
+        raise ImportError(
+            f'control="aiozmq" needs aiozmq: pip install "aiomm[aiozmq]" ({exc})'
+        ) from exc

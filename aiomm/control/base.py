@@ -104,5 +104,4 @@ class Channel(ABC):
 def check_packet(packet: bytes) -> None:
     """Raise ValueError unless `packet` has a length that a channel carries."""
     if not 0 < len(packet) <= MAX_PACKET_NBYTES:
-        message = f"a packet has 1 to {MAX_PACKET_NBYTES} bytes, not {len(packet)}"
-        raise ValueError(message)
+        raise ValueError(f"a packet has 1 to {MAX_PACKET_NBYTES} bytes, not {len(packet)}")

@@ -91,18 +91,16 @@ class Keys:
         if address.key:
             public: bytes = z85.encode(bytes.fromhex(address.key))
             if not self.knows(public):
-                message = f"the key of {address} is not among the known keys"
-                raise ValueError(message)
+                raise ValueError(f"the key of {address} is not among the known keys")
             return public
         known = self.known
         named = {each.public for each in known if each.name == address.host}
         candidates = named or {each.public for each in known}
         if len(candidates) != 1:
-            message = (
+            raise ValueError(
                 f"which of {len(candidates)} known keys belongs to {address}? Name its file "
                 f"{address.host}.key, or use a ticket, which says it"
             )
-            raise ValueError(message)
         return candidates.pop()
 
 
@@ -113,15 +111,15 @@ def keys_from(settings: EndpointSettings) -> Keys | None:
         ValueError: a key or file is not usable, and why.
     """
     if settings.key_file and settings.secret_key:
-        message = "give key_file or secret_key, not both"
-        raise ValueError(message)
+        raise ValueError("give key_file or secret_key, not both")
     if settings.key_file:
         own = _read_pair(Path(settings.key_file))
     elif settings.secret_key:
         own = _pair_of(settings.secret_key.encode(), "secret_key")
     elif settings.known_keys:
-        message = "known_keys are of no use without a key of one's own: key_file or secret_key"
-        raise ValueError(message)
+        raise ValueError(
+            "known_keys are of no use without a key of one's own: key_file or secret_key"
+        )
     else:
         return None
     if not settings.known_keys:
@@ -139,8 +137,7 @@ def write_key_pair(path: Path) -> tuple[Path, Path]:
     files = path.with_name(f"{path.name}.key_secret"), path.with_name(f"{path.name}.key")
     for file in files:
         if file.exists():
-            message = f"{file} exists and is not replaced"
-            raise FileExistsError(message)
+            raise FileExistsError(f"{file} exists and is not replaced")
     half = f'curve\n    public-key = "{public}"\n'
     _write(files[0], f'# Secret. Keep it to its owner.\n{half}    secret-key = "{secret}"\n', 0o600)
     _write(files[1], f"# Public: for the known_keys of peers.\n{half}", 0o644)
@@ -158,19 +155,15 @@ def _read_pair(file: Path) -> KeyPair:
     try:
         status = file.stat()
     except OSError as exc:
-        message = f"key_file {file}: {exc.strerror}; `aiomm keygen` makes one"
-        raise ValueError(message) from exc
+        raise ValueError(f"key_file {file}: {exc.strerror}; `aiomm keygen` makes one") from exc
     if stat.S_IMODE(status.st_mode) & 0o077:
-        message = f"key_file {file} is open to other users: chmod 600 {file}"
-        raise ValueError(message)
+        raise ValueError(f"key_file {file} is open to other users: chmod 600 {file}")
     public, secret = _load(file)
     if secret is None:
-        message = f"key_file {file} has no secret key; is it the public half?"
-        raise ValueError(message)
+        raise ValueError(f"key_file {file} has no secret key; is it the public half?")
     pair = _pair_of(secret, str(file))
     if pair.public != public:
-        message = f"key_file {file}: its two halves do not belong together"
-        raise ValueError(message)
+        raise ValueError(f"key_file {file}: its two halves do not belong together")
     return pair
 
 
@@ -178,8 +171,9 @@ def _pair_of(secret: bytes, where: str) -> KeyPair:
     try:
         return KeyPair(zmq.curve_public(secret), secret)
     except (ValueError, zmq.ZMQError) as exc:
-        message = f"{where}: not a secret key, which is {_KEY_LENGTH} characters of Z85"
-        raise ValueError(message) from exc
+        raise ValueError(
+            f"{where}: not a secret key, which is {_KEY_LENGTH} characters of Z85"
+        ) from exc
 
 
 def _parts(source: str) -> Iterator[str]:
@@ -208,8 +202,7 @@ def _known(source: str) -> Iterator[KnownKey]:
         if path.is_dir():
             files = sorted(path.glob("*.key"))
             if not files:
-                message = f"known_keys: there is no *.key file in {path}"
-                raise ValueError(message)
+                raise ValueError(f"known_keys: there is no *.key file in {path}")
             for file in files:
                 yield KnownKey(file.stem, _public(_load(file)[0], str(file)))
         elif path.exists() or len(each) != _KEY_LENGTH:
@@ -224,8 +217,7 @@ def _public(key: bytes, where: str) -> bytes:
             return key
     except (ValueError, KeyError, struct.error):  # z85 raises all of them for bad characters
         pass
-    message = f"{where}: not a public key, which is {_KEY_LENGTH} characters of Z85"
-    raise ValueError(message)
+    raise ValueError(f"{where}: not a public key, which is {_KEY_LENGTH} characters of Z85")
 
 
 def _load(file: Path) -> tuple[bytes, bytes | None]:
@@ -234,5 +226,4 @@ def _load(file: Path) -> tuple[bytes, bytes | None]:
     try:
         return load_certificate(file)
     except (OSError, ValueError) as exc:
-        message = f"{file}: {exc}"
-        raise ValueError(message) from exc
+        raise ValueError(f"{file}: {exc}") from exc

@@ -64,8 +64,9 @@ def _lock(lock_path: Path, path: Path) -> int:
                 return descriptor
         except BlockingIOError as exc:
             os.close(descriptor)
-            message = "another process listens at this path"
-            raise OSError(errno.EADDRINUSE, message, str(path)) from exc
+            raise OSError(
+                errno.EADDRINUSE, "another process listens at this path", str(path)
+            ) from exc
         os.close(descriptor)  # its former holder removed it between our open and our lock
 
 

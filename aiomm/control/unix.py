@@ -177,8 +177,7 @@ class UnixChannel(Channel):
     async def start(self, handler: Handler) -> None:
         """Bind, if an address was given, and begin to deliver."""
         if self._loop is not None or self._is_closed:
-            message = "a channel starts once"
-            raise RuntimeError(message)
+            raise RuntimeError("a channel starts once")
         self._loop = asyncio.get_running_loop()
         self._delivery = Delivery(self, handler)
         if self._bind is not None:
@@ -226,11 +225,9 @@ class UnixChannel(Channel):
 
     def _running(self) -> tuple[asyncio.AbstractEventLoop, Delivery]:
         if self._is_closed:
-            message = "the control channel is closed"
-            raise PoolClosed(message)
+            raise PoolClosed("the control channel is closed")
         if self._loop is None or self._delivery is None:
-            message = "the control channel has not been started"
-            raise RuntimeError(message)
+            raise RuntimeError("the control channel has not been started")
         return self._loop, self._delivery
 
     def _new_peer(
@@ -274,8 +271,7 @@ def _socket_name(address: str) -> bytes:
     """Return the kernel's spelling of an abstract address: a zero byte, then the name."""
     name = address.removeprefix(_PREFIX)
     if name == address or not name or "\0" in name or len(name.encode()) > _MAX_NAME_NBYTES:
-        message = f"a Unix address is {_PREFIX}name, not {address!r}"
-        raise ValueError(message)
+        raise ValueError(f"a Unix address is {_PREFIX}name, not {address!r}")
     return b"\0" + name.encode()
 
 

@@ -75,8 +75,7 @@ class ZmqChannel(Channel):
         limits: Limits | None = None,
     ) -> None:
         if not 0 < len(name.encode()) <= _MAX_NAME_NBYTES or name[0] == "\0":
-            message = f"a name has 1 to {_MAX_NAME_NBYTES} bytes, not {name!r}"
-            raise ValueError(message)
+            raise ValueError(f"a name has 1 to {_MAX_NAME_NBYTES} bytes, not {name!r}")
         self._keys = keys
         self._insecure = insecure
         self._bind = None if bind is None else self._allowed(bind)
@@ -96,8 +95,7 @@ class ZmqChannel(Channel):
     async def start(self, handler: Handler) -> None:
         """Bind, if an address was given, and begin to deliver."""
         if self._loop is not None or self._is_closed:
-            message = "a channel starts once"
-            raise RuntimeError(message)
+            raise RuntimeError("a channel starts once")
         self._loop = asyncio.get_running_loop()
         self._delivery = Delivery(self, handler)
         if self._bind is None:
@@ -126,8 +124,7 @@ class ZmqChannel(Channel):
             link.socket.connect(parsed.endpoint())
         except zmq.ZMQError as exc:
             link.close()
-            message = f"ZeroMQ does not connect to {address}: {exc}"
-            raise ValueError(message) from exc
+            raise ValueError(f"ZeroMQ does not connect to {address}: {exc}") from exc
         self._links = {other for other in self._links if not other.is_closed} | {link}
         return link.peer
 
@@ -206,8 +203,9 @@ class ZmqChannel(Channel):
             return None
         if self._keys is None:
             if address.key:
-                message = f"{address} speaks with keys, and this endpoint has none: set key_file="
-                raise ValueError(message)
+                raise ValueError(
+                    f"{address} speaks with keys, and this endpoint has none: set key_file="
+                )
             return None
         return self._keys.own, self._keys.key_of(address)
 
@@ -215,11 +213,9 @@ class ZmqChannel(Channel):
         self,
     ) -> tuple[asyncio.AbstractEventLoop, zmq.Context[zmq.Socket[bytes]], Delivery]:
         if self._is_closed:
-            message = "the control channel is closed"
-            raise PoolClosed(message)
+            raise PoolClosed("the control channel is closed")
         if self._loop is None or self._delivery is None:
-            message = "the control channel has not been started"
-            raise RuntimeError(message)
+            raise RuntimeError("the control channel has not been started")
         if self._context is None:
             self._context = zmq.Context()
             self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
