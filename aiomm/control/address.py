@@ -10,8 +10,8 @@ from typing import TypeAlias
 
 __all__ = ["Address", "IpcAddress", "TcpAddress", "parse_address", "require_allowed"]
 
-_MAX_IPC_PATH_NBYTES = 107  # sizeof(sockaddr_un.sun_path) less the closing zero
-_ANY_HOSTS = frozenset({"*", "0.0.0.0", "::"})
+MAX_IPC_PATH_NBYTES = 107  # sizeof(sockaddr_un.sun_path) less the closing zero
+ANY_HOSTS = frozenset({"*", "0.0.0.0", "::"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class TcpAddress:
     @property
     def is_any(self) -> bool:
         """Whether the address stands for every interface of the host."""
-        return self.host in _ANY_HOSTS
+        return self.host in ANY_HOSTS
 
     @property
     def is_ipv6(self) -> bool:
@@ -155,9 +155,9 @@ def _port(text: str) -> int | None:
 def _parse_ipc(address: str, rest: str) -> IpcAddress:
     if not rest or rest[0] in "@*" or "\0" in rest:
         raise ValueError(f"an ipc address names a file in a private directory, not {address!r}")
-    if len(rest.encode()) > _MAX_IPC_PATH_NBYTES:
+    if len(rest.encode()) > MAX_IPC_PATH_NBYTES:
         raise ValueError(
-            f"the path of an ipc address has at most {_MAX_IPC_PATH_NBYTES} bytes: {address}"
+            f"the path of an ipc address has at most {MAX_IPC_PATH_NBYTES} bytes: {address}"
         )
     return IpcAddress(Path(rest))
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 __all__ = ["host_behind", "recover_quickly"]
 
-_TCP_THIN_LINEAR_TIMEOUTS = 16
-_TCP_RTO_MAX_MS = 44  # Linux 6.15
-_RTO_MAX_MS = 1000
+TCP_THIN_LINEAR_TIMEOUTS = 16
+TCP_RTO_MAX_MS = 44  # Linux 6.15
+RTO_MAX_MS = 1000
 
 
 def host_behind(descriptor: int) -> str:
@@ -32,7 +32,7 @@ def recover_quickly(descriptor: int) -> None:
     Otherwise it waits about as long again as the cut was: longer than the heartbeats allow.
     """
     with contextlib.suppress(OSError), _duplicate(descriptor) as connection:
-        for option, value in ((_TCP_RTO_MAX_MS, _RTO_MAX_MS), (_TCP_THIN_LINEAR_TIMEOUTS, 1)):
+        for option, value in ((TCP_RTO_MAX_MS, RTO_MAX_MS), (TCP_THIN_LINEAR_TIMEOUTS, 1)):
             with contextlib.suppress(OSError):  # a kernel that does not know it
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
 

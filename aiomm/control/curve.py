@@ -20,21 +20,21 @@ __all__ = ["Authenticator", "Complaints", "secure_client", "secure_server"]
 
 logger = logging.getLogger("aiomm.control")
 
-_ENDPOINT = "inproc://zeromq.zap.01"
-_DOMAIN = b"aiomm"
-_VERSION = b"1.0"
-_MAX_COMPLAINTS = 1024
-_MAX_BOX_NBYTES = MAX_PACKET_NBYTES + 33
+ENDPOINT = "inproc://zeromq.zap.01"
+DOMAIN = b"aiomm"
+VERSION = b"1.0"
+MAX_COMPLAINTS = 1024
+MAX_BOX_NBYTES = MAX_PACKET_NBYTES + 33
 """ZeroMQ's limit is for what is on the wire: command, nonce, flags and seal come on top."""
 
 
 def secure_server(socket: zmq.Socket[bytes], own: KeyPair) -> None:
     """Let in only whom the context's :class:`Authenticator` knows; without one, nobody."""
-    socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
+    socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     socket.setsockopt(zmq.CURVE_SECRETKEY, own.secret)
     socket.setsockopt(zmq.CURVE_SERVER, 1)
-    socket.setsockopt(zmq.MAXMSGSIZE, _MAX_BOX_NBYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_BOX_NBYTES)
 
 
 def secure_client(socket: zmq.Socket[bytes], own: KeyPair, server: bytes) -> None:
@@ -42,7 +42,7 @@ def secure_client(socket: zmq.Socket[bytes], own: KeyPair, server: bytes) -> Non
     socket.setsockopt(zmq.CURVE_SERVERKEY, server)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, own.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, own.secret)
-    socket.setsockopt(zmq.MAXMSGSIZE, _MAX_BOX_NBYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_BOX_NBYTES)
 
 
 class Complaints:
@@ -56,7 +56,7 @@ class Complaints:
         level = logging.DEBUG if about in self._made else logging.WARNING
         logger.log(level, "%s", message)
         self._made[about] = None
-        if len(self._made) > _MAX_COMPLAINTS:
+        if len(self._made) > MAX_COMPLAINTS:
             del self._made[next(iter(self._made))]
 
 
@@ -74,7 +74,7 @@ class Authenticator:
         self._complaints = complaints
         socket = context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.bind(_ENDPOINT)
+        socket.bind(ENDPOINT)
         self._pump = EventSocket(loop, socket, self)
 
     def close(self) -> None:
@@ -98,13 +98,13 @@ class Authenticator:
             is_known = False
         status, text = (b"200", b"OK") if is_known else (b"400", b"unknown key")
         try:
-            self._pump.send([*envelope, _VERSION, question[1], status, text, b"", b""])
+            self._pump.send([*envelope, VERSION, question[1], status, text, b"", b""])
         except zmq.ZMQError as exc:
             logger.warning("! a client's handshake cannot be answered: %s", exc)
 
     def _is_known(self, question: list[bytes]) -> bool:
         version, _, domain, address, _, mechanism, *credentials = question
-        if (version, domain, mechanism) != (_VERSION, _DOMAIN, b"CURVE"):
+        if (version, domain, mechanism) != (VERSION, DOMAIN, b"CURVE"):
             return False
         public = z85.encode(credentials[0])
         if self._keys.knows(public):

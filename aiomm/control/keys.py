@@ -27,8 +27,8 @@ __all__ = ["KeyPair", "Keys", "KnownKey", "keys_from", "write_key_pair"]
 
 logger = logging.getLogger("aiomm.control")
 
-_KEY_LENGTH = 40
-_KEY_NBYTES = 32
+KEY_LENGTH = 40
+KEY_NBYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def _pair_of(secret: bytes, where: str) -> KeyPair:
         return KeyPair(zmq.curve_public(secret), secret)
     except (ValueError, zmq.ZMQError) as exc:
         raise ValueError(
-            f"{where}: not a secret key, which is {_KEY_LENGTH} characters of Z85"
+            f"{where}: not a secret key, which is {KEY_LENGTH} characters of Z85"
         ) from exc
 
 
@@ -205,7 +205,7 @@ def _known(source: str) -> Iterator[KnownKey]:
                 raise ValueError(f"known_keys: there is no *.key file in {path}")
             for file in files:
                 yield KnownKey(file.stem, _public(_load(file)[0], str(file)))
-        elif path.exists() or len(each) != _KEY_LENGTH:
+        elif path.exists() or len(each) != KEY_LENGTH:
             yield KnownKey(path.stem, _public(_load(path)[0], str(path)))
         else:
             yield KnownKey("", _public(each.encode(), f"known_keys {each!r}"))
@@ -213,11 +213,11 @@ def _known(source: str) -> Iterator[KnownKey]:
 
 def _public(key: bytes, where: str) -> bytes:
     try:
-        if len(z85.decode(key)) == _KEY_NBYTES:
+        if len(z85.decode(key)) == KEY_NBYTES:
             return key
     except (ValueError, KeyError, struct.error):  # z85 raises all of them for bad characters
         pass
-    raise ValueError(f"{where}: not a public key, which is {_KEY_LENGTH} characters of Z85")
+    raise ValueError(f"{where}: not a public key, which is {KEY_LENGTH} characters of Z85")
 
 
 def _load(file: Path) -> tuple[bytes, bytes | None]:

@@ -37,21 +37,17 @@ logger = logging.getLogger("aiomm.control")
 PumpFactory = Callable[[asyncio.AbstractEventLoop, "zmq.Socket[bytes]", Intake], Pump]
 """Makes the pump of a socket: :class:`EventSocket`, or one built on another library."""
 
-_FAREWELL_MS = 200
+FAREWELL_MS = 200
 """How long a closed link may still send what was handed over before, such as a goodbye."""
-
-_PROBE_DELAYS = (0.001, 0.004, 0.016, 0.064)
+PROBE_DELAYS = (0.001, 0.004, 0.016, 0.064)
 """When to look again for the peer whose connection ended, in seconds. The monitor's event and
 the end of the peer's pipe come from ZeroMQ's own thread on different ways, the event first."""
-
-_MAX_FAILURES = 3
+MAX_FAILURES = 3
 """Handshakes that whoever listens may break off; once can be its restart."""
-
 BROKEN_OFF = "whoever listens there ends every handshake: it does not have the key that is meant"
 FOREIGN = "no keys, a wrong one, or no ZeroMQ"
 REFUSED = "this endpoint's key is not among those that the peer knows"
-
-_RETRY_DELAY = 0.01
+RETRY_DELAY = 0.01
 """When to try a backlog again without a wake-up, in seconds. ZeroMQ wakes us when there is room,
 but a read under way may swallow that wake-up, and for a ROUTER's peer there is nothing to ask."""
 
@@ -178,7 +174,7 @@ class Link(ABC):
     @property
     def linger_ms(self) -> int:
         """How long what was handed over may take to leave."""
-        return _FAREWELL_MS
+        return FAREWELL_MS
 
     @property
     def is_closed(self) -> bool:
@@ -187,7 +183,7 @@ class Link(ABC):
 
     def _arm_retry(self) -> None:
         if self._retry is None and not self.socket.closed:
-            self._retry = self._loop.call_later(_RETRY_DELAY, self._retry_backlogs)
+            self._retry = self._loop.call_later(RETRY_DELAY, self._retry_backlogs)
 
     def _retry_backlogs(self) -> None:
         self._retry = None
@@ -260,7 +256,7 @@ class DealerLink(Link):
     @property
     def linger_ms(self) -> int:
         """Nothing can leave while nobody is there: do not wait for it."""
-        return _FAREWELL_MS if self._is_connected and not self._cause else 0
+        return FAREWELL_MS if self._is_connected and not self._cause else 0
 
     def frames(self, peer: ZmqPeer, packet: bytes) -> list[bytes]:
         """A packet is the whole message."""
@@ -294,7 +290,7 @@ class DealerLink(Link):
                 self._end(FOREIGN)
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._failures += 1
-                if self._failures == _MAX_FAILURES:
+                if self._failures == MAX_FAILURES:
                     self._end(BROKEN_OFF)
 
     def _end(self, cause: str) -> None:
@@ -382,7 +378,7 @@ class RouterLink(Link):
             self._complaints.make(host, f"x {host or 'somebody'} refused: {FOREIGN}")
         elif self._peers:
             self._cancel_probes()  # many may leave together: one look at all peers is for all
-            later = [self._loop.call_later(s, self._probe) for s in _PROBE_DELAYS]
+            later = [self._loop.call_later(s, self._probe) for s in PROBE_DELAYS]
             self._next_probes = [self._loop.call_soon(self._probe), *later]
 
     def message_received(self, frames: list[bytes]) -> None:

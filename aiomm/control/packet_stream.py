@@ -19,12 +19,12 @@ from .base import MAX_PACKET_NBYTES
 
 __all__ = ["PacketStream", "StreamIntake"]
 
-_LENGTH = struct.Struct("<I")
-_FIRST_BUFFER_NBYTES = 16 * 1024
-_FULL_BUFFER_NBYTES = _LENGTH.size + MAX_PACKET_NBYTES
-_TURN_NBYTES = 4 * 1024
+LENGTH = struct.Struct("<I")
+FIRST_BUFFER_NBYTES = 16 * 1024
+FULL_BUFFER_NBYTES = LENGTH.size + MAX_PACKET_NBYTES
+TURN_NBYTES = 4 * 1024
 """Taken from a socket in one turn of the loop: some forty packets, 2 ms of work."""
-_INT = struct.Struct("i")
+INT = struct.Struct("i")
 
 
 class StreamIntake(Protocol):
@@ -53,7 +53,7 @@ class PacketStream:
         self._intake = intake
         self._limit_nbytes = limit_nbytes
         # Grows once, when a peer sends more than small packets: there may be many quiet peers.
-        self._buffer = bytearray(_FIRST_BUFFER_NBYTES)
+        self._buffer = bytearray(FIRST_BUFFER_NBYTES)
         self._filled = 0
         self._outgoing = bytearray()
         self._is_delivering = False
@@ -66,7 +66,7 @@ class PacketStream:
         """Send `packet` now or soon; return False if too much waits, or the stream has ended."""
         if self._closed:
             return False
-        frame = _LENGTH.pack(len(packet)) + packet
+        frame = LENGTH.pack(len(packet)) + packet
         if self._gathers or self._outgoing:
             if len(self._outgoing) + len(frame) > self._limit_nbytes:
                 return False
@@ -83,8 +83,8 @@ class PacketStream:
         """Return how many bytes have arrived and are not read yet."""
         if self._closed:
             return 0
-        raw = fcntl.ioctl(self._connection.fileno(), termios.FIONREAD, bytes(_INT.size))
-        return int(_INT.unpack(raw)[0])
+        raw = fcntl.ioctl(self._connection.fileno(), termios.FIONREAD, bytes(INT.size))
+        return int(INT.unpack(raw)[0])
 
     def close(self) -> None:
         """Send what can be sent without waiting, and close. Idempotent; calls nothing back."""
@@ -96,7 +96,7 @@ class PacketStream:
 
     def _read(self) -> None:
         try:
-            free = min(len(self._buffer) - self._filled, _TURN_NBYTES)
+            free = min(len(self._buffer) - self._filled, TURN_NBYTES)
             received = self._connection.recv_into(memoryview(self._buffer)[self._filled :], free)
         except (BlockingIOError, InterruptedError):
             return
@@ -118,16 +118,16 @@ class PacketStream:
         """Hand over the whole packets of the buffer, and move the rest to its front."""
         packets = []
         start, cause = 0, ""
-        while self._filled - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, start)
+        while self._filled - start >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(self._buffer, start)
             if length > MAX_PACKET_NBYTES:
                 cause = f"it announced a packet of {length} bytes"
                 break
-            end = start + _LENGTH.size + length
+            end = start + LENGTH.size + length
             if end > self._filled:
                 break
             if length:
-                packets.append(bytes(self._buffer[start + _LENGTH.size : end]))
+                packets.append(bytes(self._buffer[start + LENGTH.size : end]))
             start = end
         if packets:
             self._intake.packets_received(packets)
@@ -144,7 +144,7 @@ class PacketStream:
             self._filled = len(rest)
             self._buffer[: self._filled] = rest
         elif self._filled == len(self._buffer):
-            self._buffer += bytes(_FULL_BUFFER_NBYTES - self._filled)
+            self._buffer += bytes(FULL_BUFFER_NBYTES - self._filled)
 
     def _flush(self) -> None:
         if self._outgoing:

@@ -29,16 +29,16 @@ logger = logging.getLogger("aiomm.control")
 ANY_UNIX_ADDRESS = "unix://"
 """Bind to a new name that nobody can guess."""
 
-_PREFIX = "unix://@"
-_MAX_NAME_NBYTES = 107
-_BACKLOG = 4096
-_ACCEPTS_PER_TURN = 64
-_ACCEPT_PAUSE = 0.1
-_LOOKS_AT_THE_DEAD = 64
+PREFIX = "unix://@"
+MAX_NAME_NBYTES = 107
+BACKLOG = 4096
+ACCEPTS_PER_TURN = 64
+ACCEPT_PAUSE = 0.1
+LOOKS_AT_THE_DEAD = 64
 """Turns of the loop in which what a dead process had sent is still read; a child of it that
 holds the connection could go on for ever."""
 
-_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class UnixPeer:
@@ -55,7 +55,7 @@ class UnixPeer:
         self._is_forgotten = False
         self._stream: PacketStream | None = None
         self._watch: ProcessWatch | None = None
-        self._looks_left = _LOOKS_AT_THE_DEAD
+        self._looks_left = LOOKS_AT_THE_DEAD
         self.pid = 0
 
     def __repr__(self) -> str:
@@ -162,7 +162,7 @@ class UnixChannel(Channel):
         limit_nbytes: int = 1024 * 1024,
     ) -> None:
         if bind == ANY_UNIX_ADDRESS:
-            bind = f"{_PREFIX}aiomm-{secrets.token_hex(16)}"
+            bind = f"{PREFIX}aiomm-{secrets.token_hex(16)}"
         self._bind = None if bind is None else _socket_name(bind)
         self._bind_address = bind
         self._name = name
@@ -240,7 +240,7 @@ class UnixChannel(Channel):
 
     def _accept(self) -> None:
         loop, delivery = self._running()
-        for _ in range(_ACCEPTS_PER_TURN):
+        for _ in range(ACCEPTS_PER_TURN):
             if self._listener is None:
                 return
             try:
@@ -255,12 +255,12 @@ class UnixChannel(Channel):
 
     def _pause_accepting(self, loop: asyncio.AbstractEventLoop, error: OSError) -> None:
         """Wait a moment: the listener stays readable, and the loop would spin on it."""
-        if error.errno not in _OUT_OF_RESOURCES:
+        if error.errno not in OUT_OF_RESOURCES:
             raise error
         logger.warning("x cannot take connections for now: %s", error)
         if self._listener is not None:
             loop.remove_reader(self._listener.fileno())
-            self._accept_pause = loop.call_later(_ACCEPT_PAUSE, self._resume_accepting)
+            self._accept_pause = loop.call_later(ACCEPT_PAUSE, self._resume_accepting)
 
     def _resume_accepting(self) -> None:
         if self._listener is not None and self._loop is not None:
@@ -269,9 +269,9 @@ class UnixChannel(Channel):
 
 def _socket_name(address: str) -> bytes:
     """Return the kernel's spelling of an abstract address: a zero byte, then the name."""
-    name = address.removeprefix(_PREFIX)
-    if name == address or not name or "\0" in name or len(name.encode()) > _MAX_NAME_NBYTES:
-        raise ValueError(f"a Unix address is {_PREFIX}name, not {address!r}")
+    name = address.removeprefix(PREFIX)
+    if name == address or not name or "\0" in name or len(name.encode()) > MAX_NAME_NBYTES:
+        raise ValueError(f"a Unix address is {PREFIX}name, not {address!r}")
     return b"\0" + name.encode()
 
 
@@ -279,7 +279,7 @@ def _listen(name: bytes) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         listener.bind(name)
-        listener.listen(_BACKLOG)
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise

@@ -26,13 +26,12 @@ from .private_path import PathClaim
 
 __all__ = ["Limits", "ZmqChannel"]
 
-_MAX_NAME_NBYTES = 200
-_MAX_SOCKETS = 16 * 1024
-_HEARTBEAT_INTERVAL_MS = 100
-_HEARTBEAT_TIMEOUT_MS = 2700
-_CONNECT_TIMEOUT_MS = 400
-_CLOSE_SECONDS = 2.0
-
+MAX_NAME_NBYTES = 200
+MAX_SOCKETS = 16 * 1024
+HEARTBEAT_INTERVAL_MS = 100
+HEARTBEAT_TIMEOUT_MS = 2700
+CONNECT_TIMEOUT_MS = 400
+CLOSE_SECONDS = 2.0
 
 _open_contexts: set[zmq.Context[zmq.Socket[bytes]]] = set()
 """Kept alive: a context that the garbage collector meets beside its sockets would wait for them
@@ -74,8 +73,8 @@ class ZmqChannel(Channel):
         name: str,
         limits: Limits | None = None,
     ) -> None:
-        if not 0 < len(name.encode()) <= _MAX_NAME_NBYTES or name[0] == "\0":
-            raise ValueError(f"a name has 1 to {_MAX_NAME_NBYTES} bytes, not {name!r}")
+        if not 0 < len(name.encode()) <= MAX_NAME_NBYTES or name[0] == "\0":
+            raise ValueError(f"a name has 1 to {MAX_NAME_NBYTES} bytes, not {name!r}")
         self._keys = keys
         self._insecure = insecure
         self._bind = None if bind is None else self._allowed(bind)
@@ -158,7 +157,7 @@ class ZmqChannel(Channel):
             self._is_closed = True
             self._close_links()
         if self._terminated is not None:
-            await asyncio.wait([self._terminated], timeout=_CLOSE_SECONDS)
+            await asyncio.wait([self._terminated], timeout=CLOSE_SECONDS)
 
     @property
     def pump_factory(self) -> PumpFactory:
@@ -218,7 +217,7 @@ class ZmqChannel(Channel):
             raise RuntimeError("the control channel has not been started")
         if self._context is None:
             self._context = zmq.Context()
-            self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+            self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
             _open_contexts.add(self._context)
         return self._loop, self._context, self._delivery
 
@@ -243,10 +242,10 @@ def _set_transport_options(link: Link, address: Address) -> None:
     if address.is_ipv6:
         socket.setsockopt(zmq.IPV6, 1)
     if not address.is_loopback:
-        socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_INTERVAL_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_TIMEOUT_MS)
-        socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
 
 
 async def _resolved(address: TcpAddress) -> TcpAddress:
