@@ -55,9 +55,7 @@ def _require_private(directory: Path) -> None:
 
 def _lock(lock_path: Path, path: Path) -> int:
     while True:
-        descriptor = os.open(
-            lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
+        descriptor = os.open(lock_path, OPEN_FLAGS, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_same_file(descriptor, lock_path):
