@@ -58,8 +58,8 @@ class EventSocket:
         self._intake = intake
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._next_look: asyncio.Handle | None = None
-        self._draining = False
-        self._closed = False
+        self._is_draining = False
+        self._is_closed = False
         loop.add_reader(self._descriptor, self._drain)
         self.look()
 
@@ -72,14 +72,14 @@ class EventSocket:
 
     def look(self) -> None:
         """Drain in the next turn, unless a drain is already due or under way."""
-        if self._next_look is None and not self._draining and not self._closed:
+        if self._next_look is None and not self._is_draining and not self._is_closed:
             self._next_look = self._loop.call_soon(self._drain)
 
     def close(self, linger_ms: int) -> None:
         """Leave the loop, then close the socket: a closed descriptor must not stay registered."""
-        if self._closed:
+        if self._is_closed:
             return
-        self._closed = True
+        self._is_closed = True
         if self._next_look is not None:
             self._next_look.cancel()
         self._loop.remove_reader(self._descriptor)
@@ -89,23 +89,23 @@ class EventSocket:
         if self._next_look is not None:
             self._next_look.cancel()
             self._next_look = None
-        self._draining = True
+        self._is_draining = True
         is_empty = False
         try:
             # Sending comes first: the reads that follow are the look that a send needs.
             self._intake.turn_began()
             is_empty = self._deliver_turn()
         finally:
-            self._draining = False
+            self._is_draining = False
             if not is_empty:
                 self.look()
-        if is_empty and not self._closed:
+        if is_empty and not self._is_closed:
             self._intake.emptied()
 
     def _deliver_turn(self) -> bool:
         """Deliver at most a budget of messages; return whether none is left."""
         for _ in range(MESSAGES_PER_TURN):
-            if self._closed:
+            if self._is_closed:
                 return True
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)

@@ -59,12 +59,12 @@ class PacketStream:
         self._is_delivering = False
         self._gathers = False
         self._waits_for_room = False
-        self._closed = False
+        self._is_closed = False
         loop.add_reader(connection.fileno(), self._read)
 
     def write(self, packet: bytes) -> bool:
         """Send `packet` now or soon; return False if too much waits, or the stream has ended."""
-        if self._closed:
+        if self._is_closed:
             return False
         frame = LENGTH.pack(len(packet)) + packet
         if self._gathers or self._outgoing:
@@ -81,14 +81,14 @@ class PacketStream:
 
     def unread_nbytes(self) -> int:
         """Return how many bytes have arrived and are not read yet."""
-        if self._closed:
+        if self._is_closed:
             return 0
         raw = fcntl.ioctl(self._connection.fileno(), termios.FIONREAD, bytes(INT.size))
         return int(INT.unpack(raw)[0])
 
     def close(self) -> None:
         """Send what can be sent without waiting, and close. Idempotent; calls nothing back."""
-        if self._closed:
+        if self._is_closed:
             return
         if self._outgoing:
             self._send(self._outgoing)
@@ -131,7 +131,7 @@ class PacketStream:
             start = end
         if packets:
             self._intake.packets_received(packets)
-        if self._closed:  # by what the packets led to
+        if self._is_closed:  # by what the packets led to
             return
         if cause:
             self._end(cause)
@@ -175,7 +175,7 @@ class PacketStream:
         self._intake.stream_ended(cause)
 
     def _stop(self) -> None:
-        self._closed = True
+        self._is_closed = True
         descriptor = self._connection.fileno()
         self._loop.remove_reader(descriptor)
         if self._waits_for_room:
