@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.timeout(60)]
 @pytest.fixture
 def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the endpoints of this test do without the same-host stream, as off this host."""
-    monkeypatch.setattr("aiomm._driver.base._stream_channel", lambda name, *, listens: None)
+    monkeypatch.setattr("aiomm._driver.base._stream_channel", lambda *, listens: None)
 
 
 class Cable:

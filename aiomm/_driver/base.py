@@ -65,7 +65,7 @@ class Driver(ABC, Generic[_Endpoint]):
         self.name = name
         self.bind = bind
         self.channel = _control_channel(settings, bind, name)
-        self.stream = _stream_channel(name, listens=self.listens)
+        self.stream = _stream_channel(listens=self.listens)
         self._stream_rank = 1 if settings.control == "auto" else -1
         self.outbox = Outbox()
         self._at_address: dict[str, Path] = {}
@@ -390,10 +390,10 @@ def _control_channel(settings: EndpointSettings, bind: str | None, name: str) ->
     )
 
 
-def _stream_channel(name: str, *, listens: bool) -> UnixChannel | None:
+def _stream_channel(*, listens: bool) -> UnixChannel | None:
     if not hasattr(os, "pidfd_open"):  # not Linux
         return None
-    return UnixChannel(ANY_UNIX_ADDRESS if listens else None, name=name)
+    return UnixChannel(ANY_UNIX_ADDRESS if listens else None)
 
 
 def _cause(task: asyncio.Task[None]) -> str:

@@ -144,7 +144,6 @@ class UnixChannel(Channel):
 
     Args:
         bind: `unix://` for a new name, `unix://@name`, or None not to listen.
-        name: for logs.
         limit_nbytes: how much may wait for a peer that does not read; past it packets drop.
 
     Raises:
@@ -155,17 +154,12 @@ class UnixChannel(Channel):
     proves_death: ClassVar[bool] = True
 
     def __init__(
-        self,
-        bind: str | None = ANY_UNIX_ADDRESS,
-        *,
-        name: str,
-        limit_nbytes: int = 1024 * 1024,
+        self, bind: str | None = ANY_UNIX_ADDRESS, *, limit_nbytes: int = 1024 * 1024
     ) -> None:
         if bind == ANY_UNIX_ADDRESS:
             bind = f"{PREFIX}aiomm-{secrets.token_hex(16)}"
         self._bind = None if bind is None else _socket_name(bind)
         self._bind_address = bind
-        self._name = name
         self._limit_nbytes = limit_nbytes
         self._loop: asyncio.AbstractEventLoop | None = None
         self._delivery: Delivery | None = None

@@ -25,5 +25,5 @@ KINDS: dict[str, MakeChannel] = {
     "zmq": lambda bind, name: ZmqChannel(bind, name=name),
     "curve": lambda bind, name: ZmqChannel(bind, keys=KEYS, name=name),
     "aiozmq": lambda bind, name: AiozmqChannel(bind, name=name),
-    "unix": lambda bind, name: UnixChannel(bind, name=name),
+    "unix": lambda bind, name: UnixChannel(bind),
 }

@@ -52,7 +52,7 @@ class TestUnix(ChannelContract):
 
 
 async def listening(told: Recorder) -> UnixChannel:
-    channel = UnixChannel(name="listener")
+    channel = UnixChannel()
     await channel.start(told)
     return channel
 
@@ -118,7 +118,7 @@ async def test_a_length_cut_in_the_middle() -> None:
 @pytest.mark.both_loops
 async def test_a_packet_over_the_limit_ends_its_sender_only() -> None:
     told, near = Recorder(echo), Recorder()
-    channel, other = await listening(told), UnixChannel(None, name="honest")
+    channel, other = await listening(told), UnixChannel(None)
     await other.start(near)
     peer = other.connect(address_of(channel))
     await round_trips(other, near, peer, 1)
