@@ -24,7 +24,7 @@ from .curve import Complaints
 from .delivery import Delivery
 from .event_socket import Intake
 from .keys import Keys
-from .links import Limits, PumpFactory, RouterLink, ZmqPeer
+from .sockets import Limits, PumpFactory, RouterSocket, ZmqPeer
 from .zeromq import ZmqChannel
 
 __all__ = ["AiozmqChannel"]
@@ -65,12 +65,12 @@ class AiozmqChannel(ZmqChannel):
         loop: asyncio.AbstractEventLoop,
         context: zmq.Context[zmq.Socket[bytes]],
         delivery: Delivery,
-    ) -> RouterLink:
-        """Return the link that listens, not bound yet."""
-        return _LenientRouterLink(loop, context, delivery, self._limits, self._complaints)
+    ) -> RouterSocket:
+        """Return the socket that listens, not bound yet."""
+        return _LenientRouterSocket(loop, context, delivery, self._limits, self._complaints)
 
 
-class _LenientRouterLink(RouterLink):
+class _LenientRouterSocket(RouterSocket):
     """A ROUTER on which aiozmq never meets an error."""
 
     def __init__(
@@ -82,14 +82,14 @@ class _LenientRouterLink(RouterLink):
         complaints: Complaints,
     ) -> None:
         super().__init__(loop, context, delivery, limits, complaints)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
+        self.zmq_socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
 
     def reaches(self, peer: ZmqPeer) -> bool:
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.zmq_socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
             return super().reaches(peer)
         finally:
-            self.socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
+            self.zmq_socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
 
 
 class _AiozmqPump:

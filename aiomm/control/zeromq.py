@@ -21,8 +21,8 @@ from .curve import Authenticator, Complaints, secure_client, secure_server
 from .delivery import Delivery
 from .event_socket import EventSocket
 from .keys import KeyPair, Keys
-from .links import DealerLink, Limits, Link, PumpFactory, RouterLink, ZmqPeer
 from .private_path import PathClaim
+from .sockets import ChannelSocket, DealerSocket, Limits, PumpFactory, RouterSocket, ZmqPeer
 
 __all__ = ["Limits", "ZmqChannel"]
 
@@ -84,7 +84,7 @@ class ZmqChannel(Channel):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._delivery: Delivery | None = None
-        self._links: set[Link] = set()
+        self._sockets: set[ChannelSocket] = set()
         self._complaints = Complaints()
         self._authenticator: Authenticator | None = None
         self._claim: PathClaim | None = None
@@ -114,18 +114,18 @@ class ZmqChannel(Channel):
         parsed = self._allowed(address)
         server = self._key_of(parsed)
         identity = f"{self._name}:{uuid.uuid4().hex}".encode()
-        link = DealerLink(loop, context, delivery, self._limits, identity)
+        dealer = DealerSocket(loop, context, delivery, self._limits, identity)
         try:
-            _set_transport_options(link, parsed)
+            _set_transport_options(dealer.zmq_socket, parsed)
             if server is not None:
-                secure_client(link.socket, *server)
-            link.begin(self.pump_factory)
-            link.socket.connect(parsed.endpoint())
+                secure_client(dealer.zmq_socket, *server)
+            dealer.begin(self.pump_factory)
+            dealer.zmq_socket.connect(parsed.endpoint())
         except zmq.ZMQError as exc:
-            link.close()
+            dealer.close()
             raise ValueError(f"ZeroMQ does not connect to {address}: {exc}") from exc
-        self._links = {other for other in self._links if not other.is_closed} | {link}
-        return link.peer
+        self._sockets = {other for other in self._sockets if not other.is_closed} | {dealer}
+        return dealer.peer
 
     def check(self, address: str) -> None:
         """Raise ValueError unless :meth:`connect` would take `address`."""
@@ -144,18 +144,18 @@ class ZmqChannel(Channel):
         check_packet(packet)
         if self._is_closed or not isinstance(peer, ZmqPeer) or not peer.is_alive:
             return False
-        return peer.link.send(peer, packet)
+        return peer.socket.send(peer, packet)
 
     def disconnect(self, peer: Peer) -> None:
         """Forget `peer`. If it connected to us, its connection stays, but nothing of it counts."""
         if isinstance(peer, ZmqPeer) and not self._is_closed:
-            peer.link.forget(peer)
+            peer.socket.forget(peer)
 
     async def aclose(self) -> None:
         """Close everything; a quarter of a second at most, for what was handed over to leave."""
         if not self._is_closed:
             self._is_closed = True
-            self._close_links()
+            self._close_sockets()
         if self._terminated is not None:
             await asyncio.wait([self._terminated], timeout=CLOSE_SECONDS)
 
@@ -169,9 +169,9 @@ class ZmqChannel(Channel):
         loop: asyncio.AbstractEventLoop,
         context: zmq.Context[zmq.Socket[bytes]],
         delivery: Delivery,
-    ) -> RouterLink:
-        """Return the link that listens, not bound yet."""
-        return RouterLink(loop, context, delivery, self._limits, self._complaints)
+    ) -> RouterSocket:
+        """Return the socket that listens, not bound yet."""
+        return RouterSocket(loop, context, delivery, self._limits, self._complaints)
 
     async def _listen(self, bind: Address) -> None:
         if isinstance(bind, IpcAddress):
@@ -180,15 +180,15 @@ class ZmqChannel(Channel):
             # ZeroMQ binds to addresses only, and would look names up in its own thread.
             bind = await _resolved(bind)
         loop, context, delivery = self._running()
-        link = self.make_router(loop, context, delivery)
-        self._links.add(link)
-        _set_transport_options(link, bind)
+        router = self.make_router(loop, context, delivery)
+        self._sockets.add(router)
+        _set_transport_options(router.zmq_socket, bind)
         if self._keys is not None and isinstance(bind, TcpAddress):
             self._authenticator = Authenticator(loop, context, self._keys, self._complaints)
-            secure_server(link.socket, self._keys.own)
-        link.begin(self.pump_factory)
-        link.socket.bind(bind.endpoint())
-        self.address = _real_address(link, bind, self._advertise)
+            secure_server(router.zmq_socket, self._keys.own)
+        router.begin(self.pump_factory)
+        router.zmq_socket.bind(bind.endpoint())
+        self.address = _real_address(router.zmq_socket, bind, self._advertise)
 
     def _allowed(self, address: str) -> Address:
         """Read an address that this channel may bind or connect to."""
@@ -221,10 +221,10 @@ class ZmqChannel(Channel):
             _open_contexts.add(self._context)
         return self._loop, self._context, self._delivery
 
-    def _close_links(self) -> None:
-        for link in self._links:
-            link.close()
-        self._links.clear()
+    def _close_sockets(self) -> None:
+        for each in self._sockets:
+            each.close()
+        self._sockets.clear()
         if self._authenticator is not None:
             self._authenticator.close()
         if self._claim is not None:
@@ -233,9 +233,8 @@ class ZmqChannel(Channel):
             self._terminated = _terminate(self._context, self._loop)
 
 
-def _set_transport_options(link: Link, address: Address) -> None:
+def _set_transport_options(socket: zmq.Socket[bytes], address: Address) -> None:
     """Options that depend on where the peers are."""
-    socket = link.socket
     if isinstance(address, IpcAddress):
         socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
         return
@@ -255,10 +254,10 @@ async def _resolved(address: TcpAddress) -> TcpAddress:
     return TcpAddress(str(found[0][4][0]), address.port)
 
 
-def _real_address(link: Link, bind: Address, advertise: str) -> str:
+def _real_address(socket: zmq.Socket[bytes], bind: Address, advertise: str) -> str:
     if isinstance(bind, IpcAddress):
         return str(bind)
-    endpoint = str(link.socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+    endpoint = str(socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
     return str(bind.reachable(int(endpoint.rpartition(":")[2]), advertise))
 
 

@@ -1,13 +1,13 @@
-"""What the two kinds of ZeroMQ socket of a channel do: one ROUTER, and a DEALER per connection.
+"""The two kinds of ZeroMQ socket of a channel: one ROUTER, and a DEALER per connection.
 
 ::
 
     connect()            bind
     DEALER  <--------->  ROUTER      one DEALER has one peer, one ROUTER has many
 
-A link owns one socket, its monitor and the queues of its peers. ZeroMQ does not say which peer
-of a ROUTER is gone, only that some connection ended; the ROUTER link then sends every peer an
-empty message, which costs nothing and which every intake ignores: for a peer that is gone,
+Each owns one socket of pyzmq's, its monitor and the queues of its peers. ZeroMQ does not say
+which peer of a ROUTER is gone, only that some connection ended; the ROUTER then sends every peer
+an empty message, which costs nothing and which every intake ignores: for a peer that is gone,
 ZeroMQ refuses it (EHOSTUNREACH).
 """
 
@@ -30,7 +30,7 @@ from .curve import Complaints
 from .delivery import Delivery
 from .event_socket import EventMonitor, Intake, Pump
 
-__all__ = ["DealerLink", "Limits", "Link", "PumpFactory", "RouterLink", "ZmqPeer"]
+__all__ = ["ChannelSocket", "DealerSocket", "Limits", "PumpFactory", "RouterSocket", "ZmqPeer"]
 
 logger = logging.getLogger("aiomm.control")
 
@@ -38,7 +38,7 @@ PumpFactory = Callable[[asyncio.AbstractEventLoop, "zmq.Socket[bytes]", Intake],
 """Makes the pump of a socket: :class:`EventSocket`, or one built on another library."""
 
 FAREWELL_MS = 200
-"""How long a closed link may still send what was handed over before, such as a goodbye."""
+"""How long a closed socket may still send what was handed over before, such as a goodbye."""
 PROBE_DELAYS = (0.001, 0.004, 0.016, 0.064)
 """When to look again for the peer whose connection ended, in seconds. The monitor's event and
 the end of the peer's pipe come from ZeroMQ's own thread on different ways, the event first."""
@@ -69,10 +69,10 @@ class Limits:
 class ZmqPeer:
     """One peer of a ZeroMQ channel. Opaque to everybody else."""
 
-    __slots__ = ("_limit_nbytes", "backlog", "backlog_nbytes", "identity", "is_alive", "link")
+    __slots__ = ("_limit_nbytes", "backlog", "backlog_nbytes", "identity", "is_alive", "socket")
 
-    def __init__(self, link: Link, identity: bytes, limit_nbytes: int) -> None:
-        self.link = link
+    def __init__(self, socket: ChannelSocket, identity: bytes, limit_nbytes: int) -> None:
+        self.socket = socket
         self.identity = identity
         self.is_alive = True
         self.backlog: deque[bytes] = deque()
@@ -101,7 +101,7 @@ class ZmqPeer:
         self.backlog_nbytes = 0
 
 
-class Link(ABC):
+class ChannelSocket(ABC):
     """One ZeroMQ socket of a channel."""
 
     SOCKET_TYPE: ClassVar[int]
@@ -120,16 +120,16 @@ class Link(ABC):
         self._monitor: EventMonitor | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._blocked: set[ZmqPeer] = set()
-        self.socket: zmq.Socket[bytes] = context.socket(self.SOCKET_TYPE)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_NBYTES)
-        self.socket.setsockopt(zmq.SNDHWM, limits.queue_packets)
-        self.socket.setsockopt(zmq.RCVHWM, limits.queue_packets)
+        self.zmq_socket: zmq.Socket[bytes] = context.socket(self.SOCKET_TYPE)
+        self.zmq_socket.setsockopt(zmq.LINGER, 0)
+        self.zmq_socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_NBYTES)
+        self.zmq_socket.setsockopt(zmq.SNDHWM, limits.queue_packets)
+        self.zmq_socket.setsockopt(zmq.RCVHWM, limits.queue_packets)
 
     def begin(self, pump_factory: PumpFactory) -> None:
         """Deliver from now on."""
-        self._monitor = EventMonitor(self._loop, self.socket, self.connection_changed)
-        self._pump = pump_factory(self._loop, self.socket, self)
+        self._monitor = EventMonitor(self._loop, self.zmq_socket, self.connection_changed)
+        self._pump = pump_factory(self._loop, self.zmq_socket, self)
 
     def send(self, peer: ZmqPeer, packet: bytes) -> bool:
         """Send `packet`, or keep it for later; return False if it is dropped."""
@@ -150,7 +150,7 @@ class Link(ABC):
         """Send of every backlog what fits now, each peer on its own."""
         if not self._blocked:
             return
-        self.socket.getsockopt(zmq.EVENTS)  # has ZeroMQ take note of the room its thread made
+        self.zmq_socket.getsockopt(zmq.EVENTS)  # has ZeroMQ take note of the room its thread made
         for peer in tuple(self._blocked):
             if self._flush(peer):
                 self._blocked.discard(peer)
@@ -169,7 +169,7 @@ class Link(ABC):
         if self._pump is not None:
             self._pump.close(self.linger_ms)
         else:
-            self.socket.close(linger=0)
+            self.zmq_socket.close(linger=0)
 
     @property
     def linger_ms(self) -> int:
@@ -179,10 +179,10 @@ class Link(ABC):
     @property
     def is_closed(self) -> bool:
         """Whether the socket is closed."""
-        return self.socket.closed
+        return self.zmq_socket.closed
 
     def _arm_retry(self) -> None:
-        if self._retry is None and not self.socket.closed:
+        if self._retry is None and not self.zmq_socket.closed:
             self._retry = self._loop.call_later(RETRY_DELAY, self._retry_backlogs)
 
     def _retry_backlogs(self) -> None:
@@ -233,7 +233,7 @@ class Link(ABC):
         """Report the peers that are gone, now that all they sent is delivered."""
 
 
-class DealerLink(Link):
+class DealerSocket(ChannelSocket):
     """The connection that one `connect` began."""
 
     SOCKET_TYPE = zmq.DEALER
@@ -251,7 +251,7 @@ class DealerLink(Link):
         self._is_connected = False
         self._cause = ""
         self._failures = 0
-        self.socket.setsockopt(zmq.IDENTITY, identity)
+        self.zmq_socket.setsockopt(zmq.IDENTITY, identity)
 
     @property
     def linger_ms(self) -> int:
@@ -310,7 +310,7 @@ class DealerLink(Link):
             self._delivery.lost(self.peer, self._cause)
 
 
-class RouterLink(Link):
+class RouterSocket(ChannelSocket):
     """The socket that listens, with all peers that connected to it."""
 
     SOCKET_TYPE = zmq.ROUTER
@@ -332,8 +332,8 @@ class RouterLink(Link):
         """The host behind each descriptor, as far as it could be seen."""
         self._is_refusing = False
         self._complaints = complaints
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+        self.zmq_socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.zmq_socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
 
     def close(self) -> None:
         """Close the socket and forget every peer."""
@@ -417,7 +417,7 @@ class RouterLink(Link):
     def reaches(self, peer: ZmqPeer) -> bool:
         """Return whether the connection of `peer` stands, by an empty message to it."""
         try:
-            self.socket.send_multipart([peer.identity, b""], zmq.NOBLOCK)
+            self.zmq_socket.send_multipart([peer.identity, b""], zmq.NOBLOCK)
         except zmq.Again:  # full, so it stands
             return True
         except zmq.ZMQError as exc:
