@@ -15,8 +15,9 @@ import os
 import sys
 
 from aiomm.control.base import Peer
-from tests.control.kinds import KINDS
-from tests.control.recorder import Recorder, echo
+
+from .kinds import KINDS
+from .recorder import Recorder, echo
 
 
 async def input_ended() -> None:

@@ -23,8 +23,9 @@ import pytest
 
 from aiomm.control.base import MAX_PACKET_NBYTES, Channel, Peer
 from aiomm.errors import PoolClosed
-from tests.control.kinds import KINDS
-from tests.control.recorder import DEADLINE, Recorder, echo
+
+from .kinds import KINDS
+from .recorder import DEADLINE, Recorder, echo
 
 Open = Callable[..., Awaitable[Channel]]
 ROOT = Path(__file__).parents[2]
@@ -129,7 +130,7 @@ class ChannelContract(ABC):
             await channel.aclose()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    # ---- packets ----
+    # Packets.
 
     async def test_a_packet_goes_and_another_comes_back(self, open_channel: Open) -> None:
         near, far = Recorder(), Recorder(echo)
@@ -239,7 +240,7 @@ class ChannelContract(ABC):
         await far.until_lost()
         assert far.packets == [b"hello", b"goodbye"]
 
-    # ---- who comes and goes ----
+    # Who comes and goes.
 
     async def test_a_peer_that_closes_is_lost_once(self, open_channel: Open) -> None:
         far, stays = Recorder(echo), Recorder()
@@ -353,7 +354,7 @@ class ChannelContract(ABC):
         assert far.packets == [b"one of many"] * came + [b"fresh"]
         assert far.lost == []
 
-    # ---- opening and closing ----
+    # Opening and closing.
 
     async def test_a_closed_channel_stays_closed(self, open_channel: Open) -> None:
         far, near = Recorder(), Recorder()
@@ -407,7 +408,7 @@ class ChannelContract(ABC):
         with pytest.raises(ValueError, match="address"):
             channel.connect(address)
 
-    # ---- strangers ----
+    # Strangers.
 
     @pytest.mark.parametrize("speech", ["http", "noise", "zeros", "half a greeting", "nothing"])
     async def test_a_stranger_harms_nobody(self, open_channel: Open, speech: str) -> None:
@@ -439,7 +440,7 @@ class ChannelContract(ABC):
         assert honest not in far.lost
         assert near.lost == []
 
-    # ---- real processes ----
+    # Real processes.
 
     async def test_a_killed_process_is_lost(self, open_channel: Open) -> None:
         far = Recorder()

@@ -8,7 +8,8 @@ from typing import ClassVar
 import pytest
 
 from aiomm.control.aiozmq import AiozmqChannel
-from tests.control.test_zeromq import TestOverTcp as OverTcp
+
+from .test_zeromq import TestOverTcp as OverTcp
 
 
 class TestAiozmqOverTcp(OverTcp):

@@ -16,10 +16,11 @@ import zmq
 from aiomm.control.curve import secure_client
 from aiomm.control.keys import KeyPair, Keys, KnownKey
 from aiomm.control.zeromq import ZmqChannel
-from tests.control.contract import ChannelContract, address_of, round_trips
-from tests.control.kinds import KEYS, PAIR
-from tests.control.recorder import Recorder, echo
-from tests.control.test_zeromq import free_tcp_address, raw_dealer
+
+from .contract import ChannelContract, address_of, round_trips
+from .kinds import KEYS, PAIR
+from .recorder import Recorder, echo
+from .test_zeromq import free_tcp_address, raw_dealer
 
 HERE = "tcp://127.0.0.1:*"
 

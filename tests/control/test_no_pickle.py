@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 import aiomm.control
-from tests.control.contract import ROOT
-from tests.control.kinds import KINDS
 
-_FORBIDDEN = re.compile(
+from .contract import ROOT
+from .kinds import KINDS
+
+FORBIDDEN = re.compile(
     r"pickle|marshal|shelve|recv_pyobj|send_pyobj|recv_serialized|\beval\(|\bexec\("
 )
 
-_SCRIPT = """
+SCRIPT = """
 import asyncio, os, pickle, secrets, sys
 
 from tests.control.kinds import KINDS
@@ -52,7 +53,7 @@ assert unpickled == ["pickle.find_class"]  # the hook does see it
 def test_the_source_names_no_serialiser_that_runs_code() -> None:
     package = Path(str(aiomm.control.__file__)).parent
     for path in sorted(package.glob("*.py")):
-        assert not _FORBIDDEN.search(path.read_text()), path
+        assert not FORBIDDEN.search(path.read_text()), path
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_the_source_names_no_serialiser_that_runs_code() -> None:
 )
 def test_pickles_on_the_wire_are_octets(kind: str, bind: str) -> None:
     assert kind in KINDS
-    command = [sys.executable, "-c", _SCRIPT, kind, bind]
+    command = [sys.executable, "-c", SCRIPT, kind, bind]
     assert subprocess.run(command, cwd=ROOT, timeout=20, check=False).returncode == 0
 
 

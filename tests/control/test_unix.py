@@ -18,8 +18,9 @@ import pytest
 
 from aiomm.control.base import MAX_PACKET_NBYTES, Channel, Peer
 from aiomm.control.unix import UnixChannel
-from tests.control.contract import ChannelContract, address_of, child, round_trips
-from tests.control.recorder import DEADLINE, Recorder, echo
+
+from .contract import ChannelContract, address_of, child, round_trips
+from .recorder import DEADLINE, Recorder, echo
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -18,8 +18,9 @@ import zmq
 
 from aiomm.control.base import MAX_PACKET_NBYTES
 from aiomm.control.zeromq import Limits, ZmqChannel
-from tests.control.contract import ChannelContract, address_of, round_trips
-from tests.control.recorder import Recorder, echo
+
+from .contract import ChannelContract, address_of, round_trips
+from .recorder import Recorder, echo
 
 
 def free_tcp_address() -> str:
