@@ -40,7 +40,6 @@ class Delivery:
         except Exception:
             self._log(peer)
 
-    # Every exception ends here: whatever a handler does wrong with one call, the next packets and
-    # the other peers must still be served.
     def _log(self, peer: Peer) -> None:
+        """Note the exception, which ends here: the next packets and other peers must be served."""
         logger.exception("! handler failed on %s; it goes on with the next call", peer)

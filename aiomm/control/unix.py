@@ -28,7 +28,6 @@ logger = logging.getLogger("aiomm.control")
 
 ANY_UNIX_ADDRESS = "unix://"
 """Bind to a new name that nobody can guess."""
-
 PREFIX = "unix://@"
 MAX_NAME_NBYTES = 107
 BACKLOG = 4096
@@ -37,7 +36,6 @@ ACCEPT_PAUSE = 0.1
 LOOKS_AT_THE_DEAD = 64
 """Turns of the loop in which what a dead process had sent is still read; a child of it that
 holds the connection could go on for ever."""
-
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
