@@ -113,7 +113,7 @@ class Session:
         self.is_lost = False
         """The peer counts as lost; if it speaks again, the session goes on."""
         self.is_choked = False
-        """The peer has left too much unacknowledged."""
+        """The peer has left too much unacknowledged, so that something was not sent."""
         self.is_busy = False
         """Somebody waits for this peer: ask for signs of life, and notice when none come."""
         self.ignored = 0
@@ -182,7 +182,8 @@ class Session:
     def heard(self, now: float) -> None:
         """Note a sign of life."""
         self._last_heard = self._heard_or_asked = now
-        self.is_lost = False
+        if self.is_lost:  # and all that could not be sent has failed with that
+            self.is_lost = self.is_choked = False
         self._changed(self)
 
     def receive(self, packet: Packet, now: float) -> list[Frame]:

@@ -369,6 +369,20 @@ class TestPeersThatDoNotAnswer:
         assert end.is_silent(0.0)
         assert len(out(end, 0.0)) == MAX_UNACKNOWLEDGED
 
+    def test_who_was_lost_for_that_and_comes_back_gets_frames_again(self) -> None:
+        """Once it has acknowledged the old ones, it counts as silent no more."""
+        end = session()
+        end.begin_waiting(0.0)
+        for number in range(MAX_UNACKNOWLEDGED + 1):
+            end.send(redeem(number % 1000))
+        out(end, 0.0)
+        end.lose()
+        end.receive(ack(MAX_UNACKNOWLEDGED), 1.0)
+        assert not end.is_silent(1.0)
+        end.send(redeem(1))
+        assert sequences(out(end, 1.0)) == [MAX_UNACKNOWLEDGED + 1]
+        assert not end.is_silent(1.0)
+
     def test_a_lost_peer_s_early_frames_are_not_kept(self) -> None:
         """They will come again if it does."""
         end = session()
