@@ -260,7 +260,7 @@ class Endpoint(ABC):
         if session is None:
             if len(self.sessions) >= self._max_peers and not self._make_room(now):
                 failure = Failure(Reason.BUSY, f"too many peers ({self._max_peers})")
-                self._turn_away(path, Goodbye(*failure))
+                self._turn_away(path, Goodbye(*failure, packet.target_epoch))
                 if is_contacted:
                     self._contact_failed(path, failure, now)
                 return

@@ -279,7 +279,7 @@ class ReceiveEndpoint(Endpoint):
 
     def _peer_lost(self, session: Session, failure: Failure, proven: bool, now: float) -> None:
         for number in list(self._of_peer.get(session.peer_epoch, ())):
-            self._feed(number, events.Failed(failure), now)
+            self.fail(number, failure, now)  # a sender that comes back must not serve it
             if proven:
                 self._feed(number, events.Drained(), now)
 

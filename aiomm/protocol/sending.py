@@ -7,8 +7,7 @@ it waits for a receiver that asks for it by its request id, or for one that take
 from __future__ import annotations
 
 import hmac
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from .send_transfer import SendTransfer
 from .session import Path, Session, Timing
 from .states import IllegalTransition
 from .transfer import ProtocolViolation
+from .wanted import Wanted, WantedRequests
 
 __all__ = ["SendEndpoint"]
 
@@ -56,15 +56,6 @@ class _Offered:
     timeout: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A bare request id that a receiver asked for before this side had it."""
-
-    peer: int
-    redemption: int
-    deadline: float
-
-
 class SendEndpoint(Endpoint):
     """Sender's protocol state; see :class:`Endpoint` for how it is driven.
 
@@ -97,7 +88,7 @@ class SendEndpoint(Endpoint):
         self._regrets: dict[int, _Opened] = {}
         """Given up before the first contact; the receiver waits, and is told when it is there."""
         self._offers: dict[str, _Offered] = {}
-        self._wanted: defaultdict[str, list[_Wanted]] = defaultdict(list)
+        self._wanted = WantedRequests()
 
     # What the user asks for.
 
@@ -258,7 +249,10 @@ class SendEndpoint(Endpoint):
     def _peer_lost(self, session: Session, failure: Failure, proven: bool, now: float) -> None:
         for generation in list(self._of_peer.get(session.peer_epoch, ())):
             self._feed(generation, events.Failed(failure), now)
-        self._keep_wanted(lambda wanted: wanted.peer != session.peer_epoch)
+        for wanted in self._wanted.take_all_of(session.peer_epoch):
+            # If that receiver comes back, it must not wait in vain.
+            message = frames.clipped(failure.message)
+            session.send(frames.Refuse(wanted.redemption, failure.reason, message))
 
     def _is_open(self, number: int) -> bool:
         return number in self._opened or number in self._regrets
@@ -289,8 +283,7 @@ class SendEndpoint(Endpoint):
             case Redeem():
                 self._redeemed(session, frame, now)
             case frames.Refuse(redemption):
-                unwanted = (session.peer_epoch, redemption)
-                self._keep_wanted(lambda each: (each.peer, each.redemption) != unwanted)
+                self._wanted.remove(session.peer_epoch, redemption)
             case _:
                 self.counters["unexpected"] += 1
 
@@ -307,14 +300,10 @@ class SendEndpoint(Endpoint):
 
     def _find_receiver(self, opened: _Opened, now: float) -> None:
         """Serve the receiver that has waited longest for this id, else one that takes anything."""
-        wanted = self._wanted.pop(opened.transfer.id.request_id, [])
-        while wanted:
-            first = wanted.pop(0)
-            if wanted:
-                self._wanted[opened.transfer.id.request_id] = wanted
-            if first.deadline > now and first.peer in self.sessions:
-                self._offer_to(opened, self.sessions[first.peer], first.redemption, now)
-                return
+        first = self._wanted.take(opened.transfer.id.request_id, now)
+        if first is not None:
+            self._offer_to(opened, self.sessions[first.peer], first.redemption, now)
+            return
         takers = [
             session
             for session in self.sessions.values()
@@ -410,11 +399,13 @@ class SendEndpoint(Endpoint):
             if opened.is_unaddressed and opened.transfer.id.request_id == frame.request_id:
                 self._offer_to(opened, session, frame.redemption, now)
                 return
-        if sum(map(len, self._wanted.values())) >= self._max_waiting:
+        self._wanted.expire(now)
+        if len(self._wanted) >= self._max_waiting:
             session.send(frames.Refuse(frame.redemption, Reason.BUSY, "too many receivers wait"))
             return
-        wanted = _Wanted(session.peer_epoch, frame.redemption, now + frame.timeout)
-        self._wanted[frame.request_id].append(wanted)
+        deadline = now + frame.timeout
+        wanted = Wanted(session.peer_epoch, frame.redemption, frame.request_id, deadline)
+        self._wanted.add(wanted)
 
     def _redeem_offer(self, session: Session, frame: Redeem, now: float) -> None:
         offered = self._offers.get(frame.request_id)
@@ -422,16 +413,11 @@ class SendEndpoint(Endpoint):
             message = f"request {frame.request_id!r} is not on offer: withdrawn, expired or unknown"
             session.send(frames.Refuse(frame.redemption, Reason.REJECTED, frames.clipped(message)))
             return
+        if len(self._of_peer.get(session.peer_epoch, ())) >= self._max_waiting:
+            session.send(frames.Refuse(frame.redemption, Reason.BUSY, "too many transfers run"))
+            return
         opened = self._new(frame.request_id, min(frame.timeout, offered.timeout), now)
         self._do([Serve(opened.transfer.id)])
         ready = events.TokensReady(offered.total, offered.total, offered.metadata)
         self._apply(opened, opened.transfer.handle(ready, now))
         self._offer_to(opened, session, frame.redemption, now)
-
-    def _keep_wanted(self, is_kept: Callable[[_Wanted], bool]) -> None:
-        for request_id, wanted in list(self._wanted.items()):
-            kept = [each for each in wanted if is_kept(each)]
-            if kept:
-                self._wanted[request_id] = kept
-            else:
-                del self._wanted[request_id]

@@ -10,7 +10,7 @@ from aiomm.protocol.frames import Goodbye, Packet, encode
 from aiomm.protocol.session import Path
 from aiomm.types import TransferId
 
-from .pairs import Pair, message, reason
+from .pairs import KEY, Pair, message, reason
 from .receiving_process import Receiving
 from .sending_process import Sending
 
@@ -97,6 +97,21 @@ class TestTurnedAway:
         sender.pump()
         pair.wait()
         assert reason(sender, core.id.generation) is Reason.BUSY
+
+    def test_too_many_peers_for_who_was_asked_to_redeem(self) -> None:
+        """The sender that is knocked at says Hello first, and has no place for the answer."""
+        pair = Pair()
+        pair.sender.crash()
+        pair.sender = Sending(pair.world, "sender", max_peers=1)
+        pair.meet()
+        pair.offer("x")
+        other = Receiving(pair.world, "other", blocks=4)
+        number = other.endpoint.redeem(
+            "x", KEY, path=other.path_to("sender"), life=0, timeout=30.0, now=pair.now
+        )
+        other.pump()
+        pair.wait()
+        assert reason(other, number) is Reason.BUSY
 
     def test_a_late_refusal_does_not_end_a_link(self) -> None:
         """It was said to a first contact, and there is none any more."""
@@ -274,6 +289,33 @@ class TestFarewell:
         pair.wait()
         assert reason(pair.sender, second) is None
         assert len(pair.sender.parted) == 1
+
+    def test_a_redemption_of_who_had_lost_the_sender_is_not_served(self) -> None:
+        """It would take the transfer from the one that asks again."""
+        pair = Pair()
+        pair.meet()
+        pair.sender.pause(6.0)
+        first = pair.redeem("x", b"")
+        pair.wait(7.0)
+        assert reason(pair.receiver, first) is Reason.PEER_LOST
+        second = pair.redeem("x", b"")
+        pair.wait()
+        generation = pair.open("x", to=None)
+        pair.wait()
+        assert reason(pair.sender, generation) is None
+        assert reason(pair.receiver, second) is None
+
+    def test_a_redemption_that_the_sender_has_dropped_is_refused(self) -> None:
+        """Only the sender has seen the loss: whoever asked must not wait until its deadline."""
+        pair = Pair()
+        pair.meet()
+        number = pair.redeem("x", b"")
+        pair.wait()
+        pair.sender.endpoint.path_lost(pair.sender.path_to("receiver"), "cut", pair.now)
+        pair.sender.pump()
+        pair.meet()
+        assert reason(pair.receiver, number) is Reason.PEER_LOST
+        assert message(pair.receiver, number) == "cut"
 
     def test_silence_and_then_a_lost_path(self) -> None:
         """The peer is lost once."""
