@@ -147,7 +147,7 @@ class ReceiveTransfer(Transfer):
     def _announced(self, total: int, metadata: bytes) -> Commands:
         if self.state.is_terminal:
             return []
-        self._learn_total(total)
+        self._learn_total(total, self._arrived())
         self.metadata = metadata
         if self._rest() <= 0:
             return []
@@ -155,14 +155,18 @@ class ReceiveTransfer(Transfer):
             return self._reserve_rest()
         return self._reserve(self._rest(), claimed=True)
 
-    def _learn_total(self, total: int | None) -> None:
+    def _learn_total(self, total: int | None, arrived: int) -> None:
         if total is None:
-            return
-        if total != (total if self.total is None else self.total):
+            total = self.total
+        elif self.total is not None and total != self.total:
             raise ProtocolViolation(f"total was {self.total} tokens, now {total}")
-        if total < self.transferred_tokens:
-            raise ProtocolViolation(f"total {total} after {self.transferred_tokens} tokens")
+        if total is not None and total < arrived:
+            raise ProtocolViolation(f"total {total} after {arrived} tokens")
         self.total = total
+
+    def _arrived(self) -> int:
+        """Tokens that were written, counted or not."""
+        return self.transferred_tokens + sum(each.count for each in self._uncounted)
 
     def _rest(self) -> int:
         """Tokens to reserve next: all that is left, or a default's worth of a stream."""
@@ -229,7 +233,7 @@ class ReceiveTransfer(Transfer):
         if self._is_sealed and not event.count and event.start == event.total == self.total:
             return []  # it says that nothing follows, which the announced length has said before
         self._check_written(event)
-        self._learn_total(event.total)
+        self._learn_total(event.total, event.start + event.count)
         self._uncounted.append(event)
         return self._count_chunks(now) if len(self._uncounted) == 1 else []
 
@@ -275,7 +279,9 @@ class ReceiveTransfer(Transfer):
             raise ProtocolViolation(f"tokens written that nobody granted, in {self.state}")
         begin = self._borders[event.sequence - 1] if event.sequence else 0
         stop = event.start + event.count
-        arrived = self.transferred_tokens + sum(each.count for each in self._uncounted)
+        if not event.count and event.total is None:
+            raise ProtocolViolation("no tokens written, and nothing said of their number")
+        arrived = self._arrived()
         if event.start != arrived or not (
             begin <= event.start and stop <= self._borders[event.sequence]
         ):

@@ -32,6 +32,9 @@ from .transfer import Commands, ProtocolViolation, Transfer, check_extents
 
 __all__ = ["SendTransfer"]
 
+MAX_EARLY_GRANTS = 8
+"""Behind the one that is being written. A receiver of ours is one ahead."""
+
 
 class SendTransfer(Transfer):
     """The sender's half. One write runs at a time, and a running write is never abandoned.
@@ -117,6 +120,8 @@ class SendTransfer(Transfer):
             )
         if (self.state is State.ALLOC) != isinstance(event, Granted):
             raise ProtocolViolation(f"{type(event).__name__} is not possible in {self.state}")
+        if len(self._grants) > MAX_EARLY_GRANTS:
+            raise ProtocolViolation(f"grant {event.sequence}, {len(self._grants)} before its turn")
         check_extents(event.extents)
         if not event.extents and self.total != 0:
             raise ProtocolViolation(f"grant {event.sequence} is of no tokens at all")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from aiomm.errors import Reason, Rejected
-from aiomm.protocol import frames
+from aiomm.protocol import events, frames
 from aiomm.protocol.commands import Release
 from aiomm.protocol.events import TokensReady
 from aiomm.protocol.frames import FieldSpec, Hello
-from aiomm.types import TransferId
+from aiomm.protocol.receive_transfer import ReceiveTransfer
+from aiomm.protocol.transfer import ProtocolViolation
+from aiomm.types import Allocation, Extent, TransferId
 
 from .pairs import GIVEN_UP, Pair, message, reason
 from .receiving_process import Receiving
@@ -124,6 +126,31 @@ class TestLimits:
         pair.wait()
         assert first not in pair.receiver.outcomes
         assert reason(pair.receiver, second) is Reason.BUSY
+
+    def test_receivers_that_wait_no_more_make_room(self) -> None:
+        """One whose deadline has passed, though it has never said so."""
+        pair = Pair()
+        pair.sender.crash()
+        pair.sender = Sending(pair.world, "sender", max_waiting=1)
+        pair.meet()
+        session = pair.receiver.endpoint.sessions[pair.sender.epoch]
+        session.send(frames.Redeem("a", b"", 77, 1.0))
+        pair.receiver.pump()
+        pair.wait(2.0)
+        second = pair.redeem("b", b"")
+        pair.wait()
+        assert second not in pair.receiver.outcomes
+
+    def test_too_many_redemptions_of_one_offer_by_one_receiver(self) -> None:
+        """The next one is busy."""
+        pair = Pair(blocks=2)
+        pair.sender.crash()
+        pair.sender = Sending(pair.world, "sender", max_waiting=2)
+        pair.offer(tokens=1000)
+        numbers = [pair.redeem() for _ in range(3)]
+        pair.wait(0.1)
+        assert reason(pair.receiver, numbers[2]) is Reason.BUSY
+        assert pair.sender.endpoint.num_live == 2
 
     def test_a_receiver_that_is_closing_takes_nothing_new(self) -> None:
         """Who comes late is told at once."""
@@ -278,6 +305,64 @@ class TestBrokenPeers:
         assert reason(pair.sender, generation) is Reason.PROTOCOL
         assert pair.receiver.endpoint.counters["violations"] == 1
         pair.check_settled()
+
+    @pytest.mark.parametrize("count", [6, 8])
+    @pytest.mark.parametrize("is_announced", [False, True])
+    def test_a_chunk_past_its_own_total(self, count: int, is_announced: bool) -> None:
+        """With a border of the grant or without: the sender's fault, at once."""
+        pair = Pair()
+        number = pair.expect()
+        generation = pair.claim(tokens=None)
+        pair.wait()
+        transfer = TransferId("request", generation)
+        session = pair.sender.endpoint.sessions[pair.receiver.epoch]
+        if is_announced:
+            session.send(frames.Announce(transfer, 4, b""))
+        total = None if is_announced else 4
+        session.send(frames.Written(transfer, 0, 0, count, total))
+        pair.sender.pump()
+        pair.wait()
+        assert f"broke the protocol: total 4 after {count} tokens" in message(pair.receiver, number)
+        pair.check_settled()
+
+    def test_a_total_below_what_is_being_verified(self) -> None:
+        """Tokens that have arrived count, even if their checksum is not compared yet."""
+        transfer = ReceiveTransfer(1, 8, 0.0)
+        transfer.expect()
+        transfer.handle(events.Claimed(TransferId("r", 1), None, b""), 0.0)
+        allocation = Allocation((0,), 8, (Extent(0, 8),))
+        transfer.handle(events.Reserved(allocation, False), 0.0)
+        transfer.handle(events.Written(0, 0, 8, None, b"12345678"), 0.0)
+        with pytest.raises(ProtocolViolation, match="total 4 after 8 tokens"):
+            transfer.handle(events.Announced(4, b""), 0.0)
+
+    def test_a_chunk_of_nothing(self) -> None:
+        """No tokens, and no word of their number: thousands of them would have to be kept."""
+        pair = Pair()
+        number = pair.expect()
+        generation = pair.claim(tokens=None)
+        pair.wait()
+        session = pair.sender.endpoint.sessions[pair.receiver.epoch]
+        session.send(frames.Written(TransferId("request", generation), 0, 0, 0, None, b"0+0"))
+        pair.sender.pump()
+        pair.wait()
+        assert "no tokens written" in message(pair.receiver, number)
+        pair.check_settled()
+
+    def test_grants_without_end(self) -> None:
+        """Some may come before their turn; more are not kept."""
+        pair = Pair()
+        generation = pair.open(tokens=None)
+        pair.wait()
+        core = pair.sender.opened[generation]
+        session = pair.receiver.endpoint.sessions[pair.sender.epoch]
+        for number in range(1, 10):
+            begin = core.granted_tokens + 8 * (number - 1)
+            grant = frames.Resume(core.id, number, begin, (number,), (Extent(0, 8),))
+            session.send(grant)
+        pair.receiver.pump()
+        pair.wait()
+        assert "grant 9, 9 before its turn" in message(pair.sender, generation)
 
     def test_an_acceptance_of_what_was_never_sent(self) -> None:
         """The same for the sender."""
