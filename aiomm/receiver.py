@@ -453,7 +453,7 @@ class Receiver(Lifecycle):
             if ticket.kind != "offer":
                 raise Rejected("this ticket is for a sender to claim; receive its request id")
             key, life, address = ticket.key, ticket.epoch, ticket.address
-        path = driver.path_to(address, life)
+        path = driver.path_to(address, life, timeout)
         return driver.endpoint.redeem(
             request_id, key, path=path, life=life, timeout=timeout, now=now
         )

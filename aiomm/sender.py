@@ -495,7 +495,7 @@ class Sender(Lifecycle):
             transfer.request_id,
             timeout=timeout,
             now=driver.now(),
-            path=driver.path_to(address, life),
+            path=driver.path_to(address, life, timeout),
             life=life,
             key=b"" if ticket is None else ticket.key,
             ready=transfer._ready(),

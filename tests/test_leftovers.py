@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import msgspec
 import pytest
 
 import aiomm
@@ -194,6 +195,24 @@ async def test_descriptors_can_run_out_and_come_back() -> None:
         again = receiver.expect("again")
         sender.tell("send", ticket=again.to_json(), seed=2, num_tokens=100)
         assert await received(receiver, "again") == pattern(2, 100)
+
+
+async def test_addresses_where_nobody_is_leave_nothing() -> None:
+    """Neither at a sender with their tickets, nor at a receiver that asks there."""
+    async with receiving() as receiver, aiomm.Sender(SCHEMA) as sender:
+        ticket = receiver.expect("r")
+        await asyncio.gather(sender.send(ticket, pattern(1, 3)), received(receiver, "r"))
+        before = resources()
+        for number in range(20):
+            gone = f"tcp://127.0.0.1:{number + 1}"
+            void = msgspec.structs.replace(ticket, address=gone, epoch=number + 1)
+            for call in (
+                sender.send(void, pattern(1, 3), timeout=0.05),
+                receiver.receive(f"{number}", source=gone, timeout=0.05),
+            ):
+                with pytest.raises(aiomm.TransferTimeout):
+                    await call
+        await until(nothing_new(before), "sockets are closed")
 
 
 FORGETFUL = """

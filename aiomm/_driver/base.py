@@ -24,7 +24,7 @@ from ..control.keys import keys_from
 from ..control.unix import ANY_UNIX_ADDRESS, UnixChannel
 from ..control.zeromq import ZmqChannel
 from ..errors import AiommError, Failure, PoolClosed, Reason
-from ..protocol.commands import Command, Greet, Part, Transmit
+from ..protocol.commands import Command, Greet, Leave, Part, Transmit
 from ..protocol.endpoint import Endpoint
 from ..protocol.frames import PROTOCOL_VERSION, Packet, Ping, encode
 from ..protocol.session import NEVER, Path
@@ -237,7 +237,7 @@ class Driver(ABC, Generic[_Endpoint]):
         logger.debug("x %s lost %s: %s", self.name, peer, cause)
         self.endpoint.path_lost(path, cause, self.now())
         self._complained.discard(path)
-        self._at_address = {at: each for at, each in self._at_address.items() if each != path}
+        self._forget_address(path)
         if not channel.proves_death or path not in self._lives:
             self._lives.pop(path, None)
             channel.disconnect(peer)  # else it is watched until it dies
@@ -259,8 +259,8 @@ class Driver(ABC, Generic[_Endpoint]):
                 self.contact(address)
             self.pump()
 
-    def contact(self, address: str) -> Path:
-        """Return the path to `address`, saying Hello there first if it is new.
+    def contact(self, address: str, until: float = NEVER) -> Path:
+        """Return the path to `address`, saying Hello there first, until then, if it is new.
 
         Raises:
             ValueError: the address is malformed or not allowed.
@@ -269,11 +269,13 @@ class Driver(ABC, Generic[_Endpoint]):
         if path is None:
             path = Path(0, self.channel, self.channel.connect(address))
             self._at_address[address] = path
-            self.endpoint.contact(path, self.now())
+            self.endpoint.contact(path, self.now(), until)
         return path
 
-    def path_to(self, address: str | None, life: int) -> Path | None:
+    def path_to(self, address: str | None, life: int, timeout: float) -> Path | None:
         """Return the path for a first contact with `life`; None where none is needed, or helps.
+
+        What waits there for `timeout` seconds tells the endpoint so: until then it stays.
 
         Raises:
             ValueError: the address is malformed or not allowed.
@@ -281,7 +283,7 @@ class Driver(ABC, Generic[_Endpoint]):
         session = self.endpoint.sessions.get(life)
         if not address or self.endpoint.has_ended(life) or (session and session.paths):
             return None
-        return self.contact(address)
+        return self.contact(address, self.now() + timeout)
 
     def pump(self) -> None:
         """Execute what the endpoint wants, then arm the timer. Call it after every input.
@@ -327,8 +329,20 @@ class Driver(ABC, Generic[_Endpoint]):
                 if proven:
                     self._leave_streams(peer)
                     self.parted(command)
+            case Leave(path):
+                self._leave(path)
             case _:
                 self.execute(command)
+
+    def _forget_address(self, path: Path) -> None:
+        self._at_address = {at: each for at, each in self._at_address.items() if each != path}
+
+    def _leave(self, path: Path) -> None:
+        """Close the connection to where nobody has answered."""
+        if not self.endpoint.leads_somewhere(path):  # as it may by now
+            logger.debug("x %s: nobody answers at %s", self.name, path.peer)
+            self._forget_address(path)
+            path.channel.disconnect(path.peer)
 
     def _upgrade(self, peer: int, address: str, stream: UnixChannel) -> None:
         """Try the same-host stream: if the peer hears the Ping there, it will answer there."""

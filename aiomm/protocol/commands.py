@@ -23,6 +23,7 @@ __all__ = [
     "Finish",
     "Greet",
     "Join",
+    "Leave",
     "MoveOut",
     "Part",
     "Permit",
@@ -208,6 +209,12 @@ class Part(msgspec.Struct, frozen=True):
     proven: bool
 
 
+class Leave(msgspec.Struct, frozen=True):
+    """Nobody has answered at `path` for as long as anybody waited: give it up."""
+
+    path: Path
+
+
 class CompareProbe(msgspec.Struct, frozen=True):
     """Receiver: does the probe slot of this link hold the nonce? Answer with `probed`."""
 
@@ -243,5 +250,5 @@ TransferCommand: TypeAlias = (
     | Fail
 )
 Command: TypeAlias = (
-    TransferCommand | Serve | Tell | Transmit | Greet | Part | CompareProbe | ProbeResult
+    TransferCommand | Serve | Tell | Transmit | Greet | Part | Leave | CompareProbe | ProbeResult
 )

@@ -15,7 +15,7 @@ from typing import ClassVar
 from ..errors import Failure, IncompatibleSchema, ProtocolError, Reason
 from ..types import Schema
 from .agenda import Agenda
-from .commands import Command, Greet, Part, Transmit
+from .commands import Command, Greet, Leave, Part, Transmit
 from .frames import PROTOCOL_VERSION, Frame, Goodbye, Hello, Packet, clipped, decode, encode
 from .session import NEVER, Contact, Path, Session, Timing
 
@@ -60,10 +60,14 @@ class Endpoint(ABC):
 
     # What the driver feeds in.
 
-    def contact(self, path: Path, now: float) -> None:
-        """Say Hello to whoever is at `path`. Again is harmless."""
-        if path not in self._contacts and self._session_at(path) is None:
-            self._contacts[path] = Contact(self.epoch, self._hello(0), now, self._timing)
+    def contact(self, path: Path, now: float, until: float = NEVER) -> None:
+        """Say Hello to whoever is at `path`, until then at least. Again is harmless."""
+        contact = self._contacts.get(path)
+        if contact is not None:
+            contact.until = max(contact.until, until)
+        elif self._session_at(path) is None:
+            hello = self._hello(0)
+            self._contacts[path] = Contact(self.epoch, hello, now, self._timing, until)
 
     def packet_received(self, path: Path, encoded: bytes, now: float) -> None:
         """Take one packet from `path`.
@@ -108,6 +112,10 @@ class Endpoint(ABC):
         """Whether that life of a peer is over for good."""
         return life in self._ended
 
+    def leads_somewhere(self, path: Path) -> bool:
+        """Whether somebody is at `path`, or is said Hello to."""
+        return path in self._contacts or self._session_at(path) is not None
+
     def use_path(self, peer: int, path: Path) -> None:
         """Use another way to `peer` as well, and tell it by a first packet."""
         session = self.sessions.get(peer)
@@ -124,6 +132,9 @@ class Endpoint(ABC):
         """Look at everything whose time has come."""
         while self._deadlines and self._deadlines[0][0] <= now:
             self._expired(heapq.heappop(self._deadlines)[1], now)
+        for path in [path for path, contact in self._contacts.items() if contact.until <= now]:
+            del self._contacts[path]
+            self._do([Leave(path)])
         for session in self._agenda.due(now):
             if session.is_silent(now):
                 silence = f"the peer has not answered for {self._timing.peer_timeout:g} s"

@@ -166,7 +166,7 @@ class ReceiveEndpoint(Endpoint):
         elif session is not None:
             self._ask(request, session, now)
         elif path is not None:
-            self.contact(path, now)
+            self.contact(path, now, request.deadline)
         return request.transfer.number
 
     def fail(self, number: int, failure: Failure, now: float) -> None:

@@ -136,7 +136,7 @@ class SendEndpoint(Endpoint):
             if session is not None:
                 self._offer_to(opened, session, 0, now)
             elif path is not None:
-                self.contact(path, now)
+                self.contact(path, now, opened.deadline)
         return opened.transfer
 
     def tokens_ready(self, generation: int, ready: events.TokensReady, now: float) -> None:

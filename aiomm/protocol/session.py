@@ -55,9 +55,13 @@ class Path(NamedTuple):
 
 
 class Contact:
-    """A first contact: a Hello that is said again until a session stands."""
+    """A first contact: a Hello that is said again until a session stands, or nobody waits."""
 
-    def __init__(self, local_epoch: int, hello: Hello, now: float, timing: Timing) -> None:
+    def __init__(
+        self, local_epoch: int, hello: Hello, now: float, timing: Timing, until: float = NEVER
+    ) -> None:
+        self.until = until
+        """When nobody waits for it any more."""
         self._packet = encode(Packet(PROTOCOL_VERSION, local_epoch, 0, 0, 0, hello))
         self._timing = timing
         self._resend_after = timing.resend_first
@@ -72,8 +76,8 @@ class Contact:
         return [self._packet]
 
     def next_deadline(self) -> float:
-        """Return when :meth:`packets` has to be asked again."""
-        return self._resend_at
+        """Return when :meth:`packets` has to be asked again, or it is over."""
+        return min(self._resend_at, self.until)
 
 
 class Session:

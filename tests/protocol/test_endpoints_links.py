@@ -50,6 +50,40 @@ class TestFirstContact:
         assert here.peer_hello.link == there.hello.link > 0
         assert pair.sender.greeted == [pair.receiver.epoch]
 
+    def test_who_is_never_there_is_left_when_nobody_waits_any_more(self) -> None:
+        """The last one counts; whoever comes later makes contact anew."""
+        pair = Pair()
+        pair.open("a", to="nobody", timeout=8.0)
+        pair.open("b", to="nobody", timeout=5.0)
+        pair.wait(7.9)
+        assert pair.sender.left == []
+        pair.wait(0.2)
+        nobody = pair.sender.path_to("nobody")
+        assert pair.sender.left == [nobody]
+        assert not pair.sender.endpoint.leads_somewhere(nobody)
+        pair.open("c", to="nobody", timeout=5.0)
+        assert pair.sender.endpoint.leads_somewhere(nobody)
+        pair.wait(5.1)
+        assert pair.sender.left == [nobody, nobody]
+
+    def test_a_receiver_leaves_a_sender_that_is_never_there(self) -> None:
+        """When its redemption has timed out."""
+        pair = Pair()
+        pair.sender.crash()
+        pair.redeem(timeout=5.0)
+        pair.wait(5.1)
+        assert pair.receiver.left == [pair.receiver.path_to("sender")]
+
+    def test_a_standing_contact_is_never_left(self) -> None:
+        """Whoever is contacted for ever may be late."""
+        pair = Pair()
+        path = pair.sender.path_to("nobody")
+        pair.sender.endpoint.contact(path, 0.0)
+        pair.open(to="nobody", timeout=5.0)
+        pair.wait(1000.0)
+        assert pair.sender.left == []
+        assert pair.sender.endpoint.leads_somewhere(path)
+
     def test_a_second_contact_over_another_way_joins_the_link(self) -> None:
         """The answer comes over the way that was asked, so the contact ends."""
         pair = Pair()

@@ -143,6 +143,7 @@ class Process:
         """By number or generation: None is success. One outcome each."""
         self.greeted: list[int] = []
         self.parted: list[do.Part] = []
+        self.left: list[Path] = []
         self.ended_at: dict[int, float] = {}
         self._unread: dict[str, list[bytes]] = {}
         self._timer_at: float | None = None
@@ -240,6 +241,8 @@ class Process:
                 self.greeted.append(peer)
             case do.Part():
                 self.parted.append(command)
+            case do.Leave(path):
+                self.left.append(path)
             case _:
                 self.execute(command)
 
