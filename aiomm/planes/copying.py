@@ -211,12 +211,18 @@ class CopyThreads:
         submitted, begun = time.monotonic(), [0.0] * len(works)
 
         def run(number: int) -> None:
+            work = pending.pop(number, None)
+            if work is None:
+                return  # given up before a thread could take it
             begun[number] = time.monotonic()
             try:
-                # Kept by nobody here, so that memory is free as soon as its last work is over.
-                results[number] = pending.pop(number)()
+                results[number] = work()
             except BaseException as exc:
                 errors.append(exc)
+            del work  # kept by nobody here: memory is free as soon as its last work is over
+            end(number)
+
+        def end(number: int) -> None:
             with self._lock:
                 running.remove(number)
                 if running:
@@ -230,8 +236,14 @@ class CopyThreads:
                 # The loop was closed in the meantime; nobody waits any more.
                 return
 
-        for number in range(len(works)):
-            self._executor.submit(run, number)
+        try:
+            for number in range(len(works)):
+                self._executor.submit(run, number)
+        except RuntimeError as exc:  # no thread can be started: those that run go on to their end
+            errors.append(PlaneUnavailable(f"{self._name}: {exc}"))
+            for number in range(len(works)):
+                if pending.pop(number, None) is not None:
+                    end(number)
         return finished
 
     def _make_executor(self) -> ThreadPoolExecutor:

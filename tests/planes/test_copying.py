@@ -117,6 +117,43 @@ async def test_a_long_copy_is_shared_by_the_threads(six_processors: set[int]) ->
 
 
 @pytest.mark.both_loops
+async def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One share runs, the others never will: all is over when that one is, and not before."""
+    threads = CopyThreads("test", 3)
+    threads.num_threads = 3
+    copies, ended = Copies(threads), list[int]()
+    may_end = threading.Event()
+    start = threading.Thread.start
+
+    def start_one(thread: threading.Thread) -> None:
+        if any(each.name.startswith("aiomm-test") for each in threading.enumerate()):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def copy(run: Run) -> None:
+        may_end.wait(10)
+        ended.append(run.first)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    writing = asyncio.ensure_future(copies.share_out(copy, [run_of(12, 1 << 20)]))
+    await asyncio.sleep(0.05)
+    draining = asyncio.ensure_future(copies.drain())
+    await asyncio.sleep(0.05)
+    assert not writing.done()
+    assert not draining.done()
+    may_end.set()
+    with pytest.raises(PlaneUnavailable, match="test: can't start new thread"):
+        await writing
+    await draining
+    assert ended == [0]
+    monkeypatch.undo()
+    ended.clear()
+    await copies.share_out(copy, [run_of(12, 1 << 20)])
+    assert sorted(ended) == [0, 4, 8]
+    await copies.aclose()
+
+
+@pytest.mark.both_loops
 async def test_a_share_that_fails_is_told_when_the_others_have_ended() -> None:
     copies, ended = Copies(CopyThreads("test", 2)), list[int]()
     failed = threading.Event()
