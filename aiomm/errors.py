@@ -121,9 +121,15 @@ class ProtocolError(AiommError):
 
 
 class PoolClosed(AiommError):
-    """The endpoint was closed, here or at the peer."""
+    """The endpoint was closed: this one, or (retryable) the peer's, which may come back."""
 
     reason = Reason.CLOSED
+
+    def __init__(
+        self, message: str, *, retryable: bool = False, story: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, story=story)
+        self.retryable = retryable
 
 
 _BY_REASON: dict[Reason, type[AiommError]] = {
@@ -141,8 +147,18 @@ _BY_REASON: dict[Reason, type[AiommError]] = {
 }
 
 
-def error_from(failure: Failure, *, story: tuple[str, ...] = ()) -> AiommError:
-    """Return the exception that stands for `failure`."""
+def error_from(
+    failure: Failure, *, story: tuple[str, ...] = (), is_closing: bool = True
+) -> AiommError:
+    """Return the exception that stands for `failure`.
+
+    Args:
+        failure: what has happened.
+        story: the states that the transfer has passed.
+        is_closing: this endpoint is, so that a failure of that kind is its own.
+    """
     if failure.reason is Reason.BUSY:
         return Rejected(failure.message, retryable=True, story=story)
+    if failure.reason is Reason.CLOSED:
+        return PoolClosed(failure.message, retryable=not is_closing, story=story)
     return _BY_REASON[failure.reason](failure.message, story=story)

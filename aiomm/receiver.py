@@ -18,13 +18,14 @@ from collections.abc import (
 from functools import cached_property
 from secrets import token_bytes
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, SupportsFloat
 
 import msgspec
 
 from ._driver.lifecycle import Lifecycle
 from ._driver.place import place_of
 from ._driver.receiving import Delivery, ReceiveDriver, Waiter
+from .arguments import request_id_of, request_of, seconds_of
 from .buffers.arrays import Array
 from .buffers.cuda import CudaArena
 from .buffers.device_rows import stream_of
@@ -36,7 +37,7 @@ from .gpu.lanes import Mark
 from .gpu.runtime import GpuError
 from .planes.base import Plane
 from .planes.registry import make_planes
-from .types import Schema, Ticket, TransferStats, request_of
+from .types import Schema, Ticket, TransferStats
 
 __all__ = ["Lease", "Receiver", "Reception"]
 
@@ -100,7 +101,7 @@ class Lease(Mapping[str, Array]):
         return len(self._driver.schema)
 
     def release(self, stream: object = None) -> None:
-        """Give the blocks back. Idempotent, and immediate.
+        """Give the blocks back, from any thread. Idempotent, and on the loop's immediate.
 
         A pool on a GPU gives them to others only when `stream` (by default the current one of
         torch or cupy), and those told to :meth:`wait_stream`, have done all that they have been
@@ -115,8 +116,11 @@ class Lease(Mapping[str, Array]):
                 readers = self._readers(stream) if self.is_view else ()
             except GpuError as exc:  # who still reads them is not known any more
                 logger.error("! the blocks of %r stay leased: %s", self.request_id, exc)
+                return
+            if _runs_here(loop := self._driver.loop) or loop.is_closed():
+                self._give_back(readers)
             else:
-                self._driver.release(self._delivery.allocations, readers)
+                loop.call_soon_threadsafe(self._give_back, readers)
 
     def wait_stream(self, stream: object) -> None:
         """Let one more stream read the tensors: :meth:`release` waits for it, too."""
@@ -146,19 +150,13 @@ class Lease(Mapping[str, Array]):
             tensors = dict(self._joined)
         else:
             tensors = {name: _copy(tensor) for name, tensor in self.items()}
-            self._note_stream()
-        loop = self._driver.loop
-        if _runs_here(loop) or loop.is_closed():
-            self.release()
-        else:
-            loop.call_soon_threadsafe(self.release)
+        self.release()
         return tensors
 
-    def _note_stream(self) -> None:
-        """Have :meth:`release` wait for this thread's stream, on which copies may be under way."""
-        arena = self._driver.memory.arena
-        if isinstance(arena, CudaArena):
-            self._streams.append(arena.runtime.current_stream(arena.ordinal))
+    def _give_back(self, readers: Sequence[Mark]) -> None:
+        """Release on the loop, once, also if two threads have done it at the same time."""
+        allocations, self._delivery.allocations = self._delivery.allocations, ()
+        self._driver.release(allocations, readers)
 
     def __enter__(self) -> Self:
         return self
@@ -291,7 +289,7 @@ class Receiver(Lifecycle):
         finally:  # cancelled, one stops waiting; it closes all the same
             self._arrival.set()
 
-    def expect(self, request_id: str, *, timeout: float | None = None) -> Ticket:
+    def expect(self, request_id: str, *, timeout: SupportsFloat | None = None) -> Ticket:
         """Reserve the default allocation as soon as it is free, and return the ticket at once.
 
         Args:
@@ -309,7 +307,7 @@ class Receiver(Lifecycle):
         if self.address is None and driver.bind is not None and not starting.done():
             raise Rejected("bind to a port of your choice, or start the receiver before expect()")
         key = token_bytes(16)
-        seconds = self.settings.timeout if timeout is None else timeout
+        request_id, seconds = request_id_of(request_id), seconds_of(timeout, self.settings.timeout)
         driver.endpoint.expect(request_id, key, seconds, driver.now())
         driver.pump()
         return Ticket(
@@ -325,7 +323,7 @@ class Receiver(Lifecycle):
         request: str | Ticket | bytes,
         *,
         source: str | None = None,
-        timeout: float | None = None,
+        timeout: SupportsFloat | None = None,
     ) -> Reception:
         """Wait until the request is done; `async with` gives the lease, and takes it back.
 
@@ -343,8 +341,10 @@ class Receiver(Lifecycle):
         """
         return Reception(lambda: self._receive(request, source, timeout))
 
-    def cancel(self, request_id: str, reason: str = "cancelled by the receiver") -> None:
+    def cancel(self, request_id: str, reason: object = "cancelled by the receiver") -> None:
         """Give a request up and tell its sender at once. Harmless when there is none.
+
+        `reason` is a sentence or an exception, which both sides are told.
 
         Who waits for it gets Cancelled; a result that nobody has taken is dropped. The request
         id is free again.
@@ -353,7 +353,7 @@ class Receiver(Lifecycle):
         number = driver.endpoint.number_of(request_id)
         if number is None:
             return
-        driver.endpoint.fail(number, Failure(Reason.CANCELLED, reason), driver.now())
+        driver.endpoint.fail(number, Failure(Reason.CANCELLED, str(reason)), driver.now())
         if number not in self._waiting:
             self._drop(number)
         driver.pump()
@@ -374,6 +374,10 @@ class Receiver(Lifecycle):
         }
 
     def __aiter__(self) -> AsyncIterator[Lease]:
+        """Iterate over what arrives and nobody awaits by its id, expected or not, until the close.
+
+        Requests that fail are passed over.
+        """
         return self._arrivals()
 
     async def _arrivals(self) -> AsyncIterator[Lease]:
@@ -425,11 +429,11 @@ class Receiver(Lifecycle):
         return (each for each in self._results.values() if isinstance(each, Delivery))
 
     async def _receive(
-        self, request: str | Ticket | bytes, source: str | None, timeout: float | None
+        self, request: str | Ticket | bytes, source: str | None, timeout: SupportsFloat | None
     ) -> Lease:
         await self.start()
         self._driver.check_open()
-        number = self._begin(request, source, self.settings.timeout if timeout is None else timeout)
+        number = self._begin(request, source, seconds_of(timeout, self.settings.timeout))
         if number in self._results:
             return self._take(number)
         if number in self._waiting:

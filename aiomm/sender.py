@@ -6,9 +6,10 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from secrets import token_bytes
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, SupportsFloat, SupportsIndex
 
 import msgspec
 
@@ -16,6 +17,7 @@ from ._driver.lifecycle import Lifecycle
 from ._driver.place import place_of
 from ._driver.routes import Route
 from ._driver.sending import SendDriver, Watcher
+from .arguments import length_of, request_id_of, request_of, seconds_of
 from .buffers.device_rows import stream_of
 from .buffers.tensors import memory_of, rows_of
 from .config import SenderSettings, settings_from
@@ -26,7 +28,7 @@ from .protocol.events import TokensReady
 from .protocol.frames import MAX_METADATA_NBYTES
 from .protocol.send_transfer import SendTransfer
 from .protocol.states import State
-from .types import Schema, Ticket, TransferStats, request_of
+from .types import Schema, Ticket, TransferStats
 
 __all__ = ["OfferedTicket", "Sender", "Transfer"]
 
@@ -109,9 +111,13 @@ class Transfer:
             self._give_tensors(self._core)
         return self
 
-    def cancel(self, reason: str = "cancelled by the sender") -> None:
-        """Give the transfer up and tell the receiver at once. Harmless when it is over."""
-        failure = Failure(Reason.CANCELLED, reason)
+    def cancel(self, reason: object = "cancelled by the sender") -> None:
+        """Give the transfer up and tell the receiver at once. Harmless when it is over.
+
+        Args:
+            reason: a sentence or an exception, which both sides are told.
+        """
+        failure = Failure(Reason.CANCELLED, str(reason))
         if self._core is None:
             self._cancelled_with = failure
             self._ended(error_from(failure), None)
@@ -144,7 +150,11 @@ class Transfer:
             elif not self._future.done():
                 change = self._loop.create_future()
                 self._watching.append(change)
-                await change
+                try:
+                    await change
+                finally:
+                    with suppress(ValueError):  # it has come
+                        self._watching.remove(change)
             else:
                 if self._core is None:
                     yield State.FAILED
@@ -337,8 +347,8 @@ class Sender(Lifecycle):
         ticket: Ticket | str | bytes,
         *,
         to: str | None = None,
-        num_tokens: int | None = None,
-        timeout: float | None = None,
+        num_tokens: SupportsIndex | None = None,
+        timeout: SupportsFloat | None = None,
     ) -> Transfer:
         """Ask for the grant now, before the tensors are there; returns at once.
 
@@ -350,6 +360,7 @@ class Sender(Lifecycle):
 
         Raises:
             ProtocolError: this is no ticket.
+            ValueError: `num_tokens` is out of bounds.
             Rejected: it is the ticket of an offer, or comes with an address, or (retryable) too
                 many transfers wait.
             PoolClosed: the sender is closed.
@@ -357,7 +368,7 @@ class Sender(Lifecycle):
         request_id, known = request_of(ticket, to)
         if known is not None and known.kind != "expect":
             raise Rejected("this ticket is an offer: a receiver redeems it")
-        transfer = Transfer(self, request_id, num_tokens)
+        transfer = Transfer(self, request_id, length_of(num_tokens))
         return self._open(transfer, timeout, ticket=known, to=to)
 
     async def send(
@@ -368,7 +379,7 @@ class Sender(Lifecycle):
         to: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         stream: object = None,
-        timeout: float | None = None,
+        timeout: SupportsFloat | None = None,
     ) -> TransferStats:
         """Send the tensors of one request, and return when the receiver has them.
 
@@ -419,7 +430,7 @@ class Sender(Lifecycle):
         *,
         metadata: Mapping[str, Any] | None = None,
         stream: object = None,
-        timeout: float | None = None,
+        timeout: SupportsFloat | None = None,
     ) -> OfferedTicket:
         """Let receivers redeem tensors by a ticket, until it is withdrawn or `timeout` passes.
 
@@ -438,7 +449,7 @@ class Sender(Lifecycle):
             raise Rejected("only a started sender with bind= can offer")
         encoded = _encode_metadata(metadata)
         rows = rows_of(self.schema, tensors, stream=stream_of(stream))
-        seconds = self.settings.timeout if timeout is None else timeout
+        request_id, seconds = request_id_of(request_id), seconds_of(timeout, self.settings.timeout)
         key, total = token_bytes(16), _num_tokens(rows)
         driver = self._driver
         driver.endpoint.offer(request_id, key, total, encoded, seconds)
@@ -468,19 +479,21 @@ class Sender(Lifecycle):
     def _open(
         self,
         transfer: Transfer,
-        timeout: float | None,
+        timeout: SupportsFloat | None,
         *,
         ticket: Ticket | None = None,
         to: str | None = None,
     ) -> Transfer:
         self._driver.check_open()
-        seconds = self.settings.timeout if timeout is None else timeout
+        seconds = seconds_of(timeout, self.settings.timeout)
 
         def begin() -> None:
             try:
                 self._begin(transfer, ticket, to, seconds)
-            except (Rejected, ValueError) as exc:
-                transfer._ended(exc if isinstance(exc, Rejected) else Rejected(str(exc)), None)
+            except AiommError as exc:
+                transfer._ended(exc, None)
+            except Exception as exc:  # an address that is none, or no descriptor is free
+                transfer._ended(Rejected(f"cannot be begun: {exc}"), None)
 
         self._driver.when_started(begin, lambda failure: transfer._ended(error_from(failure), None))
         return transfer

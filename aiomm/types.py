@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from .errors import IncompatibleSchema, ProtocolError, Rejected
+from .errors import IncompatibleSchema, ProtocolError
 
 __all__ = [
     "DTYPE_NBYTES",
@@ -23,7 +23,6 @@ __all__ = [
     "TransferId",
     "TransferStats",
     "part_of",
-    "request_of",
 ]
 
 DTYPE_NBYTES: Mapping[str, int] = {
@@ -291,25 +290,3 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
             return decode(encoded, type=cls)  # type: ignore[operator, no-any-return]
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
             raise ProtocolError(f"not a ticket: {exc}") from exc
-
-
-def request_of(
-    request: Ticket | str | bytes, address: str | None = None
-) -> tuple[str, Ticket | None]:
-    """Return the request id, and the ticket unless a bare request id was given.
-
-    A string that begins with "{" is the JSON of a ticket; no request id begins with it.
-
-    Raises:
-        ProtocolError: this is no ticket.
-        Rejected: an `address` is given beside a ticket, which names its own.
-    """
-    if isinstance(request, str) and not request.startswith("{"):
-        return request, None
-    if isinstance(request, str):
-        request = Ticket.from_json(request)
-    elif not isinstance(request, Ticket):
-        request = Ticket.from_bytes(request)
-    if address is not None:
-        raise Rejected(f"the ticket names the address of its issuer: {address!r} is one too many")
-    return request.request_id, request

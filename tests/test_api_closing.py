@@ -56,6 +56,9 @@ async def test_closing_with_transfers_in_every_state(closed: str) -> None:
             assert isinstance(error, PoolClosed)
             assert f"{closed}-" in error.message
             assert "was closed" in error.message
+        # The other side may send again, to the next life; the one that was closed may not.
+        assert {error.retryable for error in ended} == {closed == "receiver"}
+        assert {error.retryable for error in errors[:3]} == {closed == "sender"}
         assert receiver.metrics()["blocks_quarantined"] == 0
         assert receiver.metrics()["blocks_granted"] == 0
         assert not sender._driver.sources

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from typing import Any
 
 import pytest
@@ -293,6 +294,40 @@ async def test_detach_in_a_thread() -> None:
         await asyncio.sleep(0)
         assert free_blocks(receiver) == 8
         assert same(detached, tensors_of(100))
+
+
+async def test_a_wait_for_the_next_state_that_is_cancelled_leaves_nothing() -> None:
+    """Whoever polls with `wait_for` does so as often as he likes."""
+    async with pair() as (receiver, sender):
+        transfer = await granted(sender.claim(receiver.expect("r")))
+        for _ in range(10):
+            states = transfer.events()
+            assert [await anext(states) for _ in "ab"] == [State.ALLOC, State.SENDING]
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(states), 0.001)
+        assert not transfer._watching
+        transfer.cancel()
+        receiver.cancel("r")
+
+
+async def test_leases_are_released_by_any_thread() -> None:
+    """While the loop goes on with other transfers: no block is lost, nothing is given twice."""
+    async with pair() as (receiver, sender):
+
+        async def move(number: int) -> None:
+            name = f"{number}"
+            sending = asyncio.ensure_future(sender.send(receiver.expect(name), tensors_of(20)))
+            lease = await receiver.receive(name)
+            await asyncio.gather(*(asyncio.to_thread(lease.release) for _ in "ab"))
+            await sending
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            await asyncio.gather(*map(move, range(200)))
+        finally:
+            sys.setswitchinterval(interval)
+        assert free_blocks(receiver) == 8
 
 
 async def test_a_dropped_lease_warns() -> None:

@@ -151,18 +151,33 @@ async def test_too_many_transfers_wait_for_a_receiver() -> None:
 
 
 async def test_a_transfer_over_the_limit_of_buffered_bytes() -> None:
-    """Longer than the pool and than what may be held outside: retryable, told to both."""
+    """Longer than the pool and than what may ever be held outside: told to both, for good."""
     async with pair(max_buffered_bytes=1000) as (receiver, sender):
         transfer = await granted(sender.claim(receiver.expect("r")))
         receiving = asyncio.ensure_future(wait_for(receiver.receive("r")))
         transfer.send(tensors_of(500))
         for error in [await error_of(transfer), await error_of(receiving)]:
             assert isinstance(error, Rejected)
-            assert error.retryable
+            assert not error.retryable
             assert "over max_buffered_bytes=1000" in error.message
         await sender.send(receiver.expect("small"), tensors_of(100))
         (await receiver.receive("small")).release()
         assert_idle(receiver, sender)
+
+
+async def test_transfers_that_are_together_over_the_limit_of_buffered_bytes() -> None:
+    """The second is told to come again, and may when the first one is taken."""
+    async with pair(max_buffered_bytes=80_000) as (receiver, sender):
+        await sender.send(receiver.expect("first"), tensors_of(500))
+        error = await error_of(sender.send(receiver.expect("second"), tensors_of(500)))
+        assert isinstance(error, Rejected)
+        assert error.retryable
+        assert "over max_buffered_bytes=80000" in error.message
+        with pytest.raises(Rejected):
+            await receiver.receive("second")
+        (await receiver.receive("first")).release()
+        await sender.send(receiver.expect("again"), tensors_of(500))
+        (await receiver.receive("again")).release()
 
 
 async def test_more_peers_than_a_receiver_takes() -> None:

@@ -12,11 +12,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+import numpy
 import pytest
 import torch
 
 from aiomm import (
     AiommError,
+    Cancelled,
     Field,
     IncompatibleSchema,
     PlaneUnavailable,
@@ -211,6 +213,110 @@ async def test_a_request_id_that_looks_like_a_ticket() -> None:
             other.offer("{r}", tensors_of(1))
         with pytest.raises(ProtocolError, match="not a ticket"):
             await sender.send("{r}", tensors_of(1))
+
+
+class Name(str):
+    """No string of MessagePack, though it is one of Python."""
+
+
+async def test_numbers_and_names_of_other_libraries() -> None:
+    """They travel as the plain values that they are."""
+    seven, three, nine = numpy.int64(7), torch.tensor(3), torch.tensor(9.0)
+    async with healthy() as (receiver, sender):
+        ticket = receiver.expect(Name("r"), timeout=numpy.float64(9))
+        transfer = sender.claim(ticket, num_tokens=seven, timeout=nine)
+        transfer.send(tensors_of(7))
+        async with receiver.receive(numpy.str_("r"), timeout=numpy.float32(9)) as lease:
+            assert lease.num_tokens == 7
+        await transfer
+        transfer = sender.claim(Name("s"), to=receiver.address, num_tokens=three)
+        transfer.send(tensors_of(3))
+        async with receiver.receive("s") as lease:
+            assert lease.num_tokens == 3
+        await transfer
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "told"),
+    [
+        ("5", "whole number, not '5'"),
+        (2.5, "whole number, not 2.5"),
+        (-1, "not -1"),
+        (2**70, "not 1180591620717411303424"),
+    ],
+)
+async def test_a_length_that_is_none(num_tokens: Any, told: str) -> None:
+    """The error names it, and nothing has been sent: the ticket is still good."""
+    async with healthy() as (receiver, sender):
+        ticket = receiver.expect("r")
+        with pytest.raises((TypeError, ValueError), match=told):
+            sender.claim(ticket, num_tokens=num_tokens)
+        await sender.send(ticket, tensors_of(2))
+        (await receiver.receive("r")).release()
+
+
+@pytest.mark.parametrize("timeout", ["5", None.__class__, object()])
+async def test_a_timeout_that_is_none(timeout: Any) -> None:
+    """Told by every call that takes one."""
+    async with healthy() as (receiver, sender), Sender(SCHEMA, bind="tcp://127.0.0.1:*") as other:
+        told = "a timeout is a number of seconds"
+        with pytest.raises(TypeError, match=told):
+            receiver.expect("r", timeout=timeout)
+        with pytest.raises(TypeError, match=told):
+            await receiver.receive("r", timeout=timeout)
+        with pytest.raises(TypeError, match=told):
+            sender.claim("r", to=receiver.address, timeout=timeout)
+        with pytest.raises(TypeError, match=told):
+            other.offer("r", tensors_of(1), timeout=timeout)
+
+
+@pytest.mark.parametrize("request_id", [None, 5, Field("int32")])
+async def test_a_request_that_is_none(request_id: Any) -> None:
+    """Neither an id nor a ticket."""
+    async with healthy() as (receiver, sender):
+        with pytest.raises(TypeError, match="a request id is a string"):
+            receiver.expect(request_id)
+        with pytest.raises(TypeError, match="not a ticket or a request id"):
+            sender.claim(request_id)
+        with pytest.raises(TypeError, match="not a ticket or a request id"):
+            await receiver.receive(request_id)
+
+
+async def test_a_ticket_made_by_hand() -> None:
+    """It is checked as if it had been read: else it would break the link of all others."""
+    async with healthy() as (receiver, sender):
+        ticket = receiver.expect("r")
+        for changes in ({"key": b"x" * 100}, {"epoch": -1}, {"epoch": numpy.int64(1)}):
+            with pytest.raises(ProtocolError, match="not a ticket"):
+                sender.claim(msgspec.structs.replace(ticket, **changes))
+        await sender.send(ticket, tensors_of(2))
+        (await receiver.receive("r")).release()
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+async def test_an_address_that_is_none(is_started: bool) -> None:
+    """The transfer says so, whether the sender is up or not: it does not wait for ever."""
+    async with healthy():
+        sender = Sender(SCHEMA)
+        if is_started:
+            await sender.start()
+        for address in (123, b"tcp://127.0.0.1:1", "127.0.0.1"):
+            error = await error_of(sender.claim("q", to=address))  # type: ignore[arg-type]
+            assert isinstance(error, Rejected)
+        await sender.aclose()
+
+
+async def test_an_exception_is_a_reason() -> None:
+    """What an encoder or a scheduler has caught may be passed on as it is."""
+    async with healthy() as (receiver, sender):
+        transfer = await granted(sender.claim(receiver.expect("r")))
+        transfer.cancel(RuntimeError("the tower fell"))
+        with pytest.raises(Cancelled, match="the tower fell"):
+            await receiver.receive("r")
+        other = await granted(sender.claim(receiver.expect("s")))
+        receiver.cancel("s", LookupError("no such user"))
+        with pytest.raises(Cancelled, match="no such user"):
+            await other
 
 
 async def test_one_request_twice() -> None:

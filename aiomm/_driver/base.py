@@ -156,16 +156,10 @@ class Driver(ABC, Generic[_Endpoint]):
         assert self._starting is not None
         await asyncio.wait([self._starting])
         if self.is_started:
-            self.abandon(Failure(Reason.CLOSED, f"{self.name} was closed"))
-            self.pump()
             try:
-                async with asyncio.timeout(self.settings.close_timeout):
-                    await self.drain()
-            except TimeoutError:
-                logger.warning("! %s closes with writes that have not drained", self.name)
-            if self.has_drained():  # else a goodbye would have the peer give the blocks to others
-                self.endpoint.say_goodbye(Failure(Reason.CLOSED, f"{self.name} was closed"))
-                self.pump()
+                await self._part()
+            except Exception:  # a bug in parting must not cost the memory and the sockets
+                logger.exception("! %s could not part from its peers", self.name)
         self._is_finished = True
         self._stop_timer()
         self.outbox.flush()
@@ -174,6 +168,20 @@ class Driver(ABC, Generic[_Endpoint]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.tear_down()
+
+    async def _part(self) -> None:
+        """Fail what runs, wait until nothing can land any more, and say goodbye."""
+        closed = Failure(Reason.CLOSED, f"{self.name} was closed")
+        self.abandon(closed)
+        self.pump()
+        try:
+            async with asyncio.timeout(self.settings.close_timeout):
+                await self.drain()
+        except TimeoutError:
+            logger.warning("! %s closes with writes that have not drained", self.name)
+        if self.has_drained():  # else a goodbye would have the peer give the blocks to others
+            self.endpoint.say_goodbye(closed)
+            self.pump()
 
     async def _close_channels(self) -> None:
         if self.stream is not None:
@@ -256,7 +264,11 @@ class Driver(ABC, Generic[_Endpoint]):
         """Contact whoever this side stays in contact with, also their next life."""
         if not self.is_closing:
             for address in self.standing_contacts:
-                self.contact(address)
+                try:
+                    self.contact(address)
+                except ValueError as exc:  # no descriptor is free: one may be soon
+                    logger.warning("! %s: %s", self.name, exc)
+                    self.loop.call_later(RECONTACT_DELAY, self._keep_contacts)
             self.pump()
 
     def contact(self, address: str, until: float = NEVER) -> Path:
@@ -302,11 +314,12 @@ class Driver(ABC, Generic[_Endpoint]):
                         else:
                             self._carry_out(command)
                     except Exception:  # a bug in one command must not cost the others
-                        logger.exception("! %s could not carry out %s", self.name, command)
+                        kind = type(command).__name__  # its values may be secret
+                        logger.exception("! %s could not carry out %s", self.name, kind)
         finally:
             self._is_pumping = False
             self.outbox.next_turn()
-        self._arm_timer()
+            self._arm_timer()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run `coroutine` as a task that this driver owns."""

@@ -219,7 +219,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             case Fail(number, failure, story):
                 logger.info("x request %d failed: %s: %s", number, *failure)
                 self._take_joined(number)
-                self.waiter.ended(number, error_from(failure, story=story))
+                self.waiter.ended(
+                    number, error_from(failure, story=story, is_closing=self.is_closing)
+                )
             case CompareProbe():
                 arrived = self._exports.has_arrived(command.link, command.plane, command.nonce)
                 self.endpoint.probed(command.peer, command.plane, arrived)
@@ -470,7 +472,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._count_buffered(number, max(moved, total or 0))
         if self.buffered_bytes > self.settings.max_buffered_bytes:
             limit = self.settings.max_buffered_bytes
-            self._cannot_buffer(command, f"over max_buffered_bytes={limit}")
+            alone = self._buffered.get(number, 0) > limit
+            self._cannot_buffer(command, f"over max_buffered_bytes={limit}", for_ever=alone)
             return
         if joined is None:
             joined = self._joined[number] = self.memory.joined(total)
@@ -495,8 +498,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         else:
             await copies.share(chunk, probes=False)
 
-    def _cannot_buffer(self, command: MoveOut | Join, why: str) -> None:
-        failure = Failure(Reason.BUSY, f"cannot be buffered outside the pool: {why}")
+    def _cannot_buffer(self, command: MoveOut | Join, why: str, *, for_ever: bool = False) -> None:
+        reason = Reason.REJECTED if for_ever else Reason.BUSY
+        failure = Failure(reason, f"cannot be buffered outside the pool: {why}")
         self.endpoint.fail(command.number, failure, self.now())
         self._copied_out(command)
 
@@ -516,7 +520,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         transfer = self.endpoint.transfer(number)
         self._exports.revoke(number)
         kept = self._trim(command.allocations, transfer.transferred_tokens)
-        joined = self._take_joined(number)
+        joined = self._joined.pop(number, None)  # it stays counted until it is taken
+        if joined is None:
+            self._count_buffered(number, 0)
         self._freed.set()
         delivery = Delivery(transfer, kept, command.extents, joined)
         self._pump_queue()

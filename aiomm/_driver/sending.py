@@ -164,7 +164,9 @@ class SendDriver(Driver[SendEndpoint]):
                 self._ended(transfer.generation, None)
             case Fail(generation, failure, story):
                 logger.info("x transfer #%d failed: %s: %s", generation, *failure)
-                self._ended(generation, error_from(failure, story=story))
+                self._ended(
+                    generation, error_from(failure, story=story, is_closing=self.is_closing)
+                )
             case Greet(peer, hello):
                 self._find_route(peer, hello)
             case ProbeResult(peer, plane, matched):

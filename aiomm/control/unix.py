@@ -182,12 +182,14 @@ class UnixChannel(Channel):
         name = _socket_name(address)
         loop, delivery = self._running()
         peer = self._new_peer(loop, delivery, known=True)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        connection = None
         try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             connection.connect(name)  # on this host it stands at once, or never
             peer.open(connection, self._limit_nbytes)
         except OSError as exc:
-            connection.close()
+            if connection is not None:
+                connection.close()
             peer.lose_soon(f"cannot connect to {address}: {exc}")
         return peer
 

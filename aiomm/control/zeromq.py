@@ -114,15 +114,17 @@ class ZmqChannel(Channel):
         parsed = self._allowed(address)
         server = self._key_of(parsed)
         identity = f"{self._name}:{uuid.uuid4().hex}".encode()
-        dealer = DealerSocket(loop, context, delivery, self._limits, identity)
+        dealer = None
         try:
+            dealer = DealerSocket(loop, context, delivery, self._limits, identity)
             _set_transport_options(dealer.zmq_socket, parsed)
             if server is not None:
                 secure_client(dealer.zmq_socket, *server)
             dealer.begin(self.pump_factory)
             dealer.zmq_socket.connect(parsed.endpoint())
         except zmq.ZMQError as exc:
-            dealer.close()
+            if dealer is not None:
+                dealer.close()
             raise ValueError(f"ZeroMQ does not connect to {address}: {exc}") from exc
         self._sockets = {other for other in self._sockets if not other.is_closed} | {dealer}
         return dealer.peer

@@ -62,6 +62,13 @@ class _Request:
     is_open: bool = True
     """Somebody may still ask for the result."""
 
+    @property
+    def unclaimed(self) -> str:
+        """Say why nobody has claimed it."""
+        if self.redeem_key is None:
+            return "no sender has claimed it"
+        return "the sender has had nothing of that id" if self.peer else "no sender was reached"
+
 
 class ReceiveEndpoint(Endpoint):
     """Receiver's protocol state; see :class:`Endpoint` for how it is driven.
@@ -292,7 +299,7 @@ class ReceiveEndpoint(Endpoint):
             return
         transfer = request.transfer
         if not transfer.state.is_terminal:
-            what = f"in {transfer.state}" if transfer.is_claimed else "no sender has claimed it"
+            what = f"in {transfer.state}" if transfer.is_claimed else request.unclaimed
             message = f"{request.request_id!r} was not done within {request.timeout:g} s: {what}"
             self.fail(number, Failure(Reason.TIMEOUT, message), now)
         else:

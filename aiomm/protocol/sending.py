@@ -262,7 +262,12 @@ class SendEndpoint(Endpoint):
         opened = self._opened.get(number)
         if opened is None or opened.transfer.state.is_terminal:
             return
-        where = "no receiver was reached" if not opened.peer else f"in {opened.transfer.state}"
+        if opened.peer:
+            where = f"in {opened.transfer.state}"
+        elif opened.is_unaddressed:
+            where = "no receiver has asked for it, and it was sent to no address"
+        else:
+            where = "no receiver was reached"
         message = f"{opened.transfer.id} was not done within {opened.timeout:g} s: {where}"
         self._feed(number, events.Failed(Failure(Reason.TIMEOUT, message)), now)
 

@@ -134,6 +134,7 @@ async def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None
         may_end.wait(10)
         ended.append(run.first)
 
+    monkeypatch.setattr(copying, "LATE_SECONDS", 10.0)
     monkeypatch.setattr(threading.Thread, "start", start_one)
     writing = asyncio.ensure_future(copies.share_out(copy, [run_of(12, 1 << 20)]))
     await asyncio.sleep(0.05)
@@ -146,7 +147,7 @@ async def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None
         await writing
     await draining
     assert ended == [0]
-    monkeypatch.undo()
+    monkeypatch.setattr(threading.Thread, "start", start)
     ended.clear()
     await copies.share_out(copy, [run_of(12, 1 << 20)])
     assert sorted(ended) == [0, 4, 8]
