@@ -78,7 +78,7 @@ async def far_plane(name: str, host: str) -> str:
     export = await plane.export(arena)
     export.permit(GRANT, [ByteRange(0, LARGEST)])
     KEPT.append(export)
-    return export.offer(GRANT.peer).hex()
+    return export.offer(GRANT.link).hex()
 
 
 class Sink(asyncio.BufferedProtocol):

@@ -2,8 +2,8 @@
 
     python examples/custom_plane.py
 
-The receiver's arena is a memfd. For each sender the export puts a link to it into a directory
-that only this user can enter; the offer is the path of that link, and without it nobody gets in.
+The receiver's arena is a memfd. For each sender the export puts a symbolic link to it into a
+directory that only this user can enter; the offer is its path, and without that nobody gets in.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from aiomm.planes.copying import Copies, CopyThreads, check_runs
 
 
 class FileExport(Export):
-    """Receiver's side: a directory with one link for each sender."""
+    """Receiver's side: a directory with one path to the memory for each sender."""
 
     def __init__(self, arena: MemfdArena) -> None:
         self._memory = f"/proc/{os.getpid()}/fd/{arena.fd}"
         self._directory = TemporaryDirectory(prefix="aiomm-")  # mode 0700
 
-    def offer(self, peer: int) -> bytes:
-        """Return the path that this sender, and no other, is to open."""
-        link = self._link(peer)
-        if not link.is_symlink():
-            link.symlink_to(self._memory)
-        return os.fsencode(link)
+    def offer(self, link: int) -> bytes:
+        """Return the path that the sender on this link, and no other, is to open."""
+        path = self._path(link)
+        if not path.is_symlink():
+            path.symlink_to(self._memory)
+        return os.fsencode(path)
 
-    def forget(self, peer: int) -> None:
-        """Remove the sender's link; it is gone, so nothing of it can write any more."""
-        self._link(peer).unlink(missing_ok=True)
+    def forget(self, link: int) -> None:
+        """Remove the sender's path; it is gone, so nothing of it can write any more."""
+        self._path(link).unlink(missing_ok=True)
 
     async def aclose(self) -> None:
         """Remove the directory."""
         self._directory.cleanup()
 
-    def _link(self, peer: int) -> Path:
-        return Path(self._directory.name, f"{peer:016x}")
+    def _path(self, link: int) -> Path:
+        return Path(self._directory.name, f"{link:016x}")
 
 
 class FileArena(RemoteArena):

@@ -16,7 +16,7 @@ class Withdrawing(Export):
     def __init__(self) -> None:
         self.withdrawn: list[GrantKey] = []
 
-    def offer(self, peer: int) -> bytes:
+    def offer(self, link: int) -> bytes:
         return b""
 
     def revoke(self, grant: GrantKey) -> bool:

@@ -131,7 +131,7 @@ class Exports:
             self._grants[number] = [grant for grant in grants if grant.sequence >= before]
             grants = [grant for grant in grants if grant.sequence < before]
         for grant in grants:
-            used = self._planes_of_link.get(grant.peer, self._exports)
+            used = self._planes_of_link.get(grant.link, self._exports)
             for name, export in self._exports.items():
                 if export.revoke(grant) or name not in used:
                     continue

@@ -113,7 +113,7 @@ async def _try(receiving: Plane, sending: Plane) -> None:
         export = await receiving.export(arena)
         stack.push_async_callback(export.aclose)
         grant = GrantKey(1, 1, 0)
-        offer = export.offer(grant.peer)
+        offer = export.offer(grant.link)
         export.permit(grant, [ByteRange(0, TRIAL_NBYTES)])
         remote = await sending.attach(offer)
         stack.push_async_callback(remote.aclose)

@@ -40,8 +40,11 @@ class Place(NamedTuple):
 class GrantKey(NamedTuple):
     """Names one grant: whose, which transfer of theirs, which chunk of it."""
 
-    peer: int
-    """The receiver's number for its link with the sender that was granted the extents."""
+    link: int
+    """The receiver's number for its link with the sender that was granted the extents.
+
+    Each of its links has another, counted from 1; its Hello tells the sender.
+    """
     generation: int
     sequence: int
 
@@ -64,10 +67,10 @@ class Export(ABC):
     """Receiver's side: one arena, open to peers over one plane."""
 
     @abstractmethod
-    def offer(self, peer: int) -> bytes:
-        """Return what the sender on link `peer` needs to attach, at most 1024 bytes.
+    def offer(self, link: int) -> bytes:
+        """Return what the sender on `link` needs to attach, at most 1024 bytes.
 
-        The offer may hold a secret of this peer's own; it travels in the Hello only.
+        The offer may hold a secret of this link's own; it travels in the Hello only.
         """
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:  # noqa: B027
@@ -93,8 +96,8 @@ class Export(ABC):
         """
         return ()
 
-    def forget(self, peer: int) -> None:  # noqa: B027
-        """Drop what is kept for the sender on link `peer`; it is gone for good."""
+    def forget(self, link: int) -> None:  # noqa: B027
+        """Drop what is kept for the sender on `link`; it is gone for good."""
 
     @abstractmethod
     async def aclose(self) -> None:

@@ -62,7 +62,7 @@ class Desk:
         self.hand = hand
         self.heard = heard
         self.secrets: dict[int, bytes] = {}
-        """What each sender must show."""
+        """What the sender on each link must show."""
         self.strangers: dict[Visitor, None] = {}
         """Connections that have not shown a secret yet, oldest first."""
         self.visitors: set[Visitor] = set()
@@ -90,16 +90,16 @@ class Desk:
             listener.close()
             raise
 
-    def invite(self, peer: int) -> Invitation:
-        """Return what the sender on link `peer` needs to come here; the same each time."""
-        secret = self.secrets.setdefault(peer, secrets.token_bytes(SECRET_NBYTES))
+    def invite(self, link: int) -> Invitation:
+        """Return what the sender on `link` needs to come here; the same each time."""
+        secret = self.secrets.setdefault(link, secrets.token_bytes(SECRET_NBYTES))
         return Invitation(self._name, secret)
 
-    def forget(self, peer: int) -> None:
-        """Void the secret of a sender, and send it away."""
-        self.secrets.pop(peer, None)
+    def forget(self, link: int) -> None:
+        """Void the secret of a link, and send its sender away."""
+        self.secrets.pop(link, None)
         for visitor in list(self.visitors):
-            if visitor.peer == peer:
+            if visitor.link == link:
                 visitor.abort()
 
     def refuse_more(self) -> None:
@@ -126,7 +126,7 @@ class Visitor(asyncio.Protocol):
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._received = b""
-        self.peer: int | None = None
+        self.link: int | None = None
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -151,14 +151,14 @@ class Visitor(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take the secret; afterwards, whatever the plane lets senders say."""
-        if self.peer is not None:
+        if self.link is not None:
             self._hear(data)
             return
         self._received += data
         if len(self._received) < SECRET_NBYTES:
             return
-        self.peer = self._owner(self._received)
-        if self.peer is None:
+        self.link = self._owner(self._received)
+        if self.link is None:
             self._refuse("a stranger without a secret")
             return
         self._leave_strangers()
@@ -202,9 +202,9 @@ class Visitor(asyncio.Protocol):
 
     def _owner(self, shown: bytes) -> int | None:
         found = None
-        for peer, secret in self._desk.secrets.items():
+        for link, secret in self._desk.secrets.items():
             if hmac.compare_digest(secret, shown):
-                found = peer
+                found = link
         return found
 
     def _leave_strangers(self) -> None:

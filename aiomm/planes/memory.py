@@ -106,10 +106,10 @@ class MemoryPlane(Plane):
         export = _exports.get(offer[:_TOKEN_NBYTES])
         if export is None:
             raise PlaneUnavailable("memory: no such arena in this process")
-        peer = int.from_bytes(offer[_TOKEN_NBYTES:], "big")
-        if peer not in export.peers:
+        link = int.from_bytes(offer[_TOKEN_NBYTES:], "big")
+        if link not in export.links:
             raise PlaneUnavailable("memory: the receiver knows no such sender")
-        return _MemoryArena(export, peer, self.faults)
+        return _MemoryArena(export, link, self.faults)
 
 
 _TOKEN_NBYTES = 16
@@ -118,7 +118,7 @@ _TOKEN_NBYTES = 16
 class _MemoryExport(Export):
     def __init__(self, arena: HostArena) -> None:
         self.arena = arena
-        self.peers: set[int] = set()
+        self.links: set[int] = set()
         self.permits = Permits()
         self._token = secrets.token_bytes(_TOKEN_NBYTES)
         _exports[self._token] = self
@@ -127,9 +127,9 @@ class _MemoryExport(Export):
     def is_closed(self) -> bool:
         return self._token not in _exports
 
-    def offer(self, peer: int) -> bytes:
-        self.peers.add(peer)
-        return self._token + peer.to_bytes(8, "big")
+    def offer(self, link: int) -> bytes:
+        self.links.add(link)
+        return self._token + link.to_bytes(8, "big")
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
         self.permits.add(grant, ranges)
@@ -138,18 +138,18 @@ class _MemoryExport(Export):
         self.permits.withdraw(grant)
         return False
 
-    def forget(self, peer: int) -> None:
-        self.peers.discard(peer)
-        self.permits.withdraw_all(peer)
+    def forget(self, link: int) -> None:
+        self.links.discard(link)
+        self.permits.withdraw_all(link)
 
     async def aclose(self) -> None:
         _exports.pop(self._token, None)
 
 
 class _MemoryArena(RemoteArena):
-    def __init__(self, export: _MemoryExport, peer: int, faults: Faults) -> None:
+    def __init__(self, export: _MemoryExport, link: int, faults: Faults) -> None:
         self._export = export
-        self._peer = peer
+        self._link = link
         self._faults = faults
         self._late: list[Run] = []
         self._is_closed = False
@@ -158,7 +158,7 @@ class _MemoryArena(RemoteArena):
         self._check_open()
         check_runs(runs, self._export.arena.nbytes)
         full = [run for run in runs if run.nbytes]
-        permit = self._export.permits.get(grant._replace(peer=self._peer))
+        permit = self._export.permits.get(grant._replace(link=self._link))
         if full and not (permit and all(permit.covers(run.offset, run.nbytes) for run in full)):
             raise PlaneUnavailable("memory: the receiver has not granted these bytes")
         if (grant.generation, grant.sequence) == (0, 0):
@@ -194,7 +194,7 @@ class _MemoryArena(RemoteArena):
     def _check_open(self) -> None:
         if self._is_closed:
             raise PlaneUnavailable("memory: detached")
-        if self._export.is_closed or self._peer not in self._export.peers:
+        if self._export.is_closed or self._link not in self._export.links:
             raise PlaneUnavailable("memory: the receiver has closed its arena or forgotten us")
 
     def _copy(self, runs: Sequence[Run]) -> None:

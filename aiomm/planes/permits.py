@@ -27,7 +27,7 @@ class Permit:
 
 
 class Permits:
-    """The permits of all senders of one arena."""
+    """The permits of all links, to one arena."""
 
     def __init__(self) -> None:
         self._permits: dict[GrantKey, Permit] = {}
@@ -50,10 +50,10 @@ class Permits:
         if permit is not None:
             permit.is_withdrawn = True
 
-    def withdraw_all(self, peer: int | None = None) -> None:
-        """Withdraw every permit, or those of one sender."""
+    def withdraw_all(self, link: int | None = None) -> None:
+        """Withdraw every permit, or those of one link."""
         for grant in list(self._permits):
-            if peer is None or grant.peer == peer:
+            if link is None or grant.link == link:
                 self.withdraw(grant)
 
 

@@ -107,11 +107,11 @@ class _ShmExport(Export):
         self.arena = arena
         self.desk = Desk("shm", lambda _: (ACCEPTED, [self.arena.fd]))
 
-    def offer(self, peer: int) -> bytes:
-        return msgspec.msgpack.encode(_Offer(self.desk.invite(peer), self.arena.nbytes))
+    def offer(self, link: int) -> bytes:
+        return msgspec.msgpack.encode(_Offer(self.desk.invite(link), self.arena.nbytes))
 
-    def forget(self, peer: int) -> None:
-        self.desk.forget(peer)
+    def forget(self, link: int) -> None:
+        self.desk.forget(link)
 
     async def aclose(self) -> None:
         await self.desk.aclose()

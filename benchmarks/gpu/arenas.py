@@ -48,7 +48,7 @@ class ArenaActor(Actor):
         self.arena = await asyncio.to_thread(CudaArena, nbytes, f"cuda:{self.device}")
         self.export = await self.plane.export(self.arena)
         self.export.permit(GRANT, [ByteRange(0, nbytes)])
-        return self.export.offer(GRANT.peer).hex()
+        return self.export.offer(GRANT.link).hex()
 
     def do_poison(self) -> None:
         """Fill the arena."""

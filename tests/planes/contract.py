@@ -22,8 +22,8 @@ from ..conftest import resources
 ARENA_NBYTES = 1 << 20
 LARGE_NBYTES = 32 << 20
 BACKGROUND = 0xA5
-PEER = 7
-GRANT = GrantKey(peer=PEER, generation=1, sequence=1)
+LINK = 7
+GRANT = GrantKey(link=LINK, generation=1, sequence=1)
 
 
 def rows_of(tensor: torch.Tensor) -> TokenRows:
@@ -112,7 +112,7 @@ class PlaneContract(ABC):
         arena = self.make_arena(nbytes)
         self.fill(arena, bytes([BACKGROUND]) * nbytes)
         export = await plane.export(arena)
-        remote = await plane.attach(export.offer(PEER))
+        remote = await plane.attach(export.offer(LINK))
         return Link(plane, arena, export, remote)
 
     @pytest.fixture
@@ -239,16 +239,16 @@ class PlaneContract(ABC):
         await link.write([good])
         assert link.content() == expected_content(ARENA_NBYTES, (0, tensor))
 
-    async def test_offers_are_small_and_of_the_peer(self, link: Link) -> None:
-        offer = link.export.offer(PEER)
+    async def test_offers_are_small_and_of_one_link(self, link: Link) -> None:
+        offer = link.export.offer(LINK)
         assert len(offer) <= MAX_OFFER_NBYTES
-        assert offer == link.export.offer(PEER)
-        assert offer != link.export.offer(PEER + 1)
+        assert offer == link.export.offer(LINK)
+        assert offer != link.export.offer(LINK + 1)
 
-    async def test_takes_the_largest_epoch(self, link: Link) -> None:
-        peer = 2**63 - 1
-        remote = await link.plane.attach(link.export.offer(peer))
-        grant = GrantKey(peer, 2**63 - 1, 2**63 - 1)
+    async def test_takes_the_largest_link_number(self, link: Link) -> None:
+        number = 2**63 - 1
+        remote = await link.plane.attach(link.export.offer(number))
+        grant = GrantKey(number, 2**63 - 1, 2**63 - 1)
         tensor = random_rows(4, 16)
         link.export.permit(grant, [ByteRange(0, 64)])
         await remote.write(grant, [whole(tensor, 0)])
@@ -266,21 +266,21 @@ class PlaneContract(ABC):
     async def test_the_offer_of_a_closed_export_is_unavailable(self, link: Link) -> None:
         arena = self.make_arena(4096)
         export = await link.plane.export(arena)
-        offer = export.offer(PEER)
+        offer = export.offer(LINK)
         await export.aclose()
         with pytest.raises(PlaneUnavailable):
             await link.plane.attach(offer)
         arena.close()
 
     async def test_an_offer_cut_short_or_changed_is_unavailable(self, link: Link) -> None:
-        offer = link.export.offer(PEER)
+        offer = link.export.offer(LINK)
         with pytest.raises(PlaneUnavailable):
             await link.plane.attach(offer[:-9])
         with pytest.raises(PlaneUnavailable):
             await link.plane.attach(offer[:8] + bytes(8) + offer[16:])
 
     async def test_attaches_twice(self, link: Link) -> None:
-        second = await link.plane.attach(link.export.offer(PEER))
+        second = await link.plane.attach(link.export.offer(LINK))
         tensor = random_rows(4, 16)
         await link.write([whole(tensor, 0)])
         link.export.permit(GRANT, [ByteRange(64, 128)])
@@ -291,9 +291,9 @@ class PlaneContract(ABC):
         assert link.content() == expected_content(ARENA_NBYTES, *parts)
 
     async def test_two_senders_do_not_disturb_each_other(self, link: Link) -> None:
-        other = await link.plane.attach(link.export.offer(PEER + 1))
-        link.export.forget(PEER)
-        grant = GRANT._replace(peer=PEER + 1)
+        other = await link.plane.attach(link.export.offer(LINK + 1))
+        link.export.forget(LINK)
+        grant = GRANT._replace(link=LINK + 1)
         tensor = random_rows(4, 16)
         link.export.permit(grant, [ByteRange(0, 64)])
         await other.write(grant, [whole(tensor, 0)])
@@ -301,9 +301,9 @@ class PlaneContract(ABC):
         await other.aclose()
 
     async def test_a_forgotten_offer_is_unavailable(self, link: Link) -> None:
-        offer = link.export.offer(PEER + 1)
-        link.export.forget(PEER + 1)
-        link.export.forget(PEER + 1)
+        offer = link.export.offer(LINK + 1)
+        link.export.forget(LINK + 1)
+        link.export.forget(LINK + 1)
         with pytest.raises(PlaneUnavailable):
             await link.plane.attach(offer)
 

@@ -32,7 +32,7 @@ from . import contract
 from .contract import (
     ARENA_NBYTES,
     GRANT,
-    PEER,
+    LINK,
     Link,
     PlaneContract,
     bytes_of,
@@ -123,7 +123,7 @@ class TestThroughAHandle(CudaIpcContract):
 
     async def test_it_is_opened_once_for_each_device(self, link: Link, fake: FakeRuntime) -> None:
         """All senders of a process share what is open; the last one closes it."""
-        second = await link.plane.attach(link.export.offer(PEER))
+        second = await link.plane.attach(link.export.offer(LINK))
         num_open = len(fake._memory)
         rows = on_device(fake, 1, random_rows(4, 16))
         await link.write([Run(rows, 0, 4, 0)])

@@ -22,7 +22,7 @@ from aiomm.planes.handover import Desk, Invitation, Received, Visitor, redeem
 pytestmark = [pytest.mark.both_loops, pytest.mark.usefixtures("no_leaks")]
 
 NOBODY = 65534
-PEER = 7
+LINK = 7
 MESSAGE = b"what is handed over"
 REFUSED = "plane: the receiver refuses this process"
 GONE = "plane: no such receiver; it is gone"
@@ -111,12 +111,12 @@ class TestHandingOver:
         shown: list[int | None] = []
 
         def hand(visitor: Visitor) -> tuple[bytes, list[int]]:
-            shown.append(visitor.peer)
+            shown.append(visitor.link)
             return MESSAGE, [reader for reader, _ in ends]
 
         async with opened(hand) as desk:
-            received = await take(desk.invite(PEER), num_fds=2)
-            assert (received.message, shown) == (MESSAGE, [PEER])
+            received = await take(desk.invite(LINK), num_fds=2)
+            assert (received.message, shown) == (MESSAGE, [LINK])
             for (reader, writer), descriptor in zip(ends, received.descriptors, strict=True):
                 os.write(writer, b"a pipe")
                 assert descriptor != reader
@@ -129,7 +129,7 @@ class TestHandingOver:
     async def test_gives_descriptors_that_no_program_inherits(self) -> None:
         with socket.socket() as null:
             async with opened(lambda visitor: (MESSAGE, [null.fileno()])) as desk:
-                received = await take(desk.invite(PEER), num_fds=1)
+                received = await take(desk.invite(LINK), num_fds=1)
                 (descriptor,) = received.descriptors
                 is_inheritable = os.get_inheritable(descriptor)
                 os.close(descriptor)
@@ -137,7 +137,7 @@ class TestHandingOver:
         assert not is_inheritable
 
     async def test_gives_a_message_alone(self, desk: Desk) -> None:
-        received = await take(desk.invite(PEER))
+        received = await take(desk.invite(LINK))
         assert (received.message, received.descriptors) == (MESSAGE, [])
         received.connection.close()
 
@@ -146,12 +146,12 @@ class TestHandingOver:
         assert desk.invite(1) == first
         assert (first.name, first.secret != second.secret) == (second.name, True)
         received = [await take(invitation) for invitation in (first, second, first)]
-        assert sorted(visitor.peer or 0 for visitor in desk.visitors) == [1, 1, 2]
+        assert sorted(visitor.link or 0 for visitor in desk.visitors) == [1, 1, 2]
         for each in received:
             each.connection.close()
 
     async def test_takes_a_secret_in_pieces(self, desk: Desk) -> None:
-        secret = desk.invite(PEER).secret
+        secret = desk.invite(LINK).secret
         async with stranger_at(desk) as stranger:
             stranger.writer.write(secret[:7])
             await stranger.writer.drain()
@@ -171,13 +171,13 @@ class TestHandingOver:
 
         async with opened(hand) as desk:
             with pytest.raises(PlaneUnavailable, match=REFUSED):
-                await take(desk.invite(PEER))
+                await take(desk.invite(LINK))
         assert "plane: refused a sender that cannot be handed the arena" in caplog.text
 
     async def test_of_what_is_not_open_fails(self) -> None:
         async with opened(lambda visitor: (MESSAGE, [1 << 20])) as desk:
             with pytest.raises(PlaneUnavailable, match=REFUSED):
-                await take(desk.invite(PEER), num_fds=1)
+                await take(desk.invite(LINK), num_fds=1)
 
     @pytest.mark.parametrize(("num_handed", "num_expected"), [(0, 1), (1, 2), (2, 0)])
     async def test_of_other_descriptors_than_expected_is_refused(
@@ -187,13 +187,13 @@ class TestHandingOver:
         with socket.socket() as null:
             async with opened(lambda visitor: (MESSAGE, [null.fileno()] * num_handed)) as desk:
                 with pytest.raises(PlaneUnavailable, match=REFUSED):
-                    await take(desk.invite(PEER), num_fds=num_expected)
+                    await take(desk.invite(LINK), num_fds=num_expected)
 
     async def test_of_a_short_message_is_refused(self) -> None:
         with socket.socket() as null:
             async with opened(lambda visitor: (MESSAGE[1:], [null.fileno()])) as desk:
                 with pytest.raises(PlaneUnavailable, match=REFUSED):
-                    await take(desk.invite(PEER), num_fds=1)
+                    await take(desk.invite(LINK), num_fds=1)
 
 
 class TestStrangers:
@@ -201,7 +201,7 @@ class TestStrangers:
     async def test_without_a_secret_get_nothing(
         self, desk: Desk, shown: bytes, caplog: pytest.LogCaptureFixture
     ) -> None:
-        desk.invite(PEER)
+        desk.invite(LINK)
         async with stranger_at(desk) as stranger:
             stranger.writer.write(shown)
             assert await stranger.heard() == b""
@@ -209,14 +209,14 @@ class TestStrangers:
 
     @pytest.mark.parametrize("place", [0, 15])
     async def test_with_a_wrong_secret_get_nothing(self, desk: Desk, place: int) -> None:
-        name, secret = desk.invite(PEER).name, bytearray(desk.invite(PEER).secret)
+        name, secret = desk.invite(LINK).name, bytearray(desk.invite(LINK).secret)
         secret[place] ^= 1
         with pytest.raises(PlaneUnavailable, match=REFUSED):
             await take(Invitation(name, bytes(secret)))
 
     async def test_that_show_more_than_a_secret_get_nothing(self, desk: Desk) -> None:
         async with stranger_at(desk) as stranger:
-            stranger.writer.write(desk.invite(PEER).secret + b"!")
+            stranger.writer.write(desk.invite(LINK).secret + b"!")
             assert await stranger.heard() == b""
 
     async def test_that_say_nothing_are_sent_away_in_time(
@@ -224,15 +224,15 @@ class TestStrangers:
     ) -> None:
         """And those that have shown a secret are not."""
         monkeypatch.setattr(handover, "HANDSHAKE_SECONDS", 0.05)
-        received = await take(desk.invite(PEER))
+        received = await take(desk.invite(LINK))
         async with stranger_at(desk) as stranger:
-            stranger.writer.write(desk.invite(PEER).secret[:15])
+            stranger.writer.write(desk.invite(LINK).secret[:15])
             assert await stranger.heard() == b""
-        assert [visitor.peer for visitor in desk.visitors] == [PEER]
+        assert [visitor.link for visitor in desk.visitors] == [LINK]
         received.connection.close()
 
     async def test_are_bounded_and_the_oldest_leave_first(self, desk: Desk) -> None:
-        received = await take(desk.invite(PEER))
+        received = await take(desk.invite(LINK))
         strangers = [await Stranger.at(desk) for _ in range(handover.MAX_STRANGERS + 3)]
         for stranger in strangers[:3]:
             assert await stranger.heard() == b""
@@ -247,7 +247,7 @@ class TestStrangers:
     async def test_that_leave_are_forgotten(self, desk: Desk) -> None:
         stranger = await Stranger.at(desk)
         await stranger.leave()
-        (await take(desk.invite(PEER))).connection.close()
+        (await take(desk.invite(LINK))).connection.close()
         while desk.visitors:
             await asyncio.wait([visitor.lost for visitor in desk.visitors])
         assert desk.strangers == {}
@@ -257,7 +257,7 @@ class TestStrangers:
     ) -> None:
         desk.user = os.geteuid() + 1
         with pytest.raises(PlaneUnavailable, match=REFUSED):
-            await take(desk.invite(PEER))
+            await take(desk.invite(LINK))
         assert f"plane: refused user {os.geteuid()}" in caplog.text
 
     async def test_of_an_unknown_user_get_nothing(
@@ -268,7 +268,7 @@ class TestStrangers:
 
         monkeypatch.setattr(handover, "peer_credentials", credentials)
         async with stranger_at(desk) as stranger:
-            stranger.writer.write(desk.invite(PEER).secret)
+            stranger.writer.write(desk.invite(LINK).secret)
             assert await stranger.heard() == b""
         assert "refused somebody unknown ([Errno 24] Too many open files)" in caplog.text
 
@@ -294,7 +294,7 @@ async def test_a_sender_trusts_no_receiver_of_another_user(desk: Desk) -> None:
     process = context.Process(target=redeem_as_nobody, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
-    ours.send(desk.invite(PEER))
+    ours.send(desk.invite(LINK))
     told = await asyncio.to_thread(ours.recv)
     assert told == "plane: the receiver runs as another user"
     process.join()
@@ -306,19 +306,19 @@ class TestVisitors:
     async def test_that_go_on_talking_are_sent_away(
         self, desk: Desk, caplog: pytest.LogCaptureFixture
     ) -> None:
-        received = await take(desk.invite(PEER))
+        received = await take(desk.invite(LINK))
         received.connection.send(b"hello?")
         assert await end_of(received.connection)
         received.connection.close()
         assert "plane: refused a sender that goes on talking" in caplog.text
-        (await take(desk.invite(PEER))).connection.close()
+        (await take(desk.invite(LINK))).connection.close()
 
     async def test_are_heard_and_answered_where_they_may_talk(self) -> None:
         def answer(visitor: Visitor, said: bytes) -> None:
-            visitor.say(str(visitor.peer).encode() + b": " + said)
+            visitor.say(str(visitor.link).encode() + b": " + said)
 
         async with opened(heard=answer) as desk:
-            received = await take(desk.invite(PEER))
+            received = await take(desk.invite(LINK))
             loop = asyncio.get_running_loop()
             for said in (b"hello", b"hello again"):
                 await loop.sock_sendall(received.connection, said)
@@ -326,21 +326,21 @@ class TestVisitors:
             received.connection.close()
 
     async def test_are_sent_away_when_they_are_forgotten(self, desk: Desk) -> None:
-        invitations = [desk.invite(peer) for peer in (1, 2)]
+        invitations = [desk.invite(link) for link in (1, 2)]
         first, second = [await take(invitation) for invitation in invitations]
         desk.forget(1)
         desk.forget(3)
         assert await end_of(first.connection)
         with pytest.raises(PlaneUnavailable, match=REFUSED):
             await take(invitations[0])
-        assert [visitor.peer for visitor in desk.visitors] == [2]
+        assert [visitor.link for visitor in desk.visitors] == [2]
         again = await take(desk.invite(1))
         assert desk.invite(1).secret != invitations[0].secret
         for received in (first, second, again):
             received.connection.close()
 
     async def test_that_leave_are_noticed(self, desk: Desk) -> None:
-        received = await take(desk.invite(PEER))
+        received = await take(desk.invite(LINK))
         (visitor,) = desk.visitors
         assert not visitor.lost.done()
         received.connection.close()
@@ -348,7 +348,7 @@ class TestVisitors:
         assert desk.visitors == set()
 
     async def test_stay_when_more_are_refused(self, desk: Desk) -> None:
-        invitation = desk.invite(PEER)
+        invitation = desk.invite(LINK)
         received = await take(invitation)
         async with stranger_at(desk) as late:
             await until(lambda: len(desk.visitors) == 2)
@@ -358,17 +358,17 @@ class TestVisitors:
             assert await late.heard() == b""
         with pytest.raises(PlaneUnavailable, match=GONE):
             await take(invitation)
-        assert [visitor.peer for visitor in desk.visitors] == [PEER]
+        assert [visitor.link for visitor in desk.visitors] == [LINK]
         received.connection.close()
 
     async def test_that_come_while_it_closes_are_sent_away(self, desk: Desk) -> None:
         desk.is_closed = True
         with pytest.raises(PlaneUnavailable, match=REFUSED):
-            await take(desk.invite(PEER))
+            await take(desk.invite(LINK))
 
     async def test_see_the_end_of_the_desk(self) -> None:
         async with opened() as desk:
-            invitation = desk.invite(PEER)
+            invitation = desk.invite(LINK)
             received = await take(invitation)
             async with stranger_at(desk) as stranger:
                 await until(lambda: len(desk.visitors) == 2)

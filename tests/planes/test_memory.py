@@ -15,7 +15,7 @@ from aiomm.planes.memory import Faults, MemoryPlane
 from .contract import (
     ARENA_NBYTES,
     GRANT,
-    PEER,
+    LINK,
     Link,
     PlaneContract,
     expected_content,
@@ -77,7 +77,7 @@ class TestMemoryPlane(PlaneContract):
 
     async def test_a_probe_neither_counts_nor_fails(self, link: Link) -> None:
         self.faults.fail_at = 1
-        await link.write([whole(TENSOR, 0)], GrantKey(PEER, 0, 0))
+        await link.write([whole(TENSOR, 0)], GrantKey(LINK, 0, 0))
         assert self.faults.num_writes == 0
         with pytest.raises(PlaneUnavailable, match="write 1"):
             await link.write([whole(TENSOR, 0)])

@@ -28,7 +28,7 @@ from . import contract
 from .contract import (
     ARENA_NBYTES,
     GRANT,
-    PEER,
+    LINK,
     Link,
     PlaneContract,
     bytes_of,
@@ -124,7 +124,7 @@ async def open_link(plane: MooncakePlane | None = None, nbytes: int = ARENA_NBYT
     arena = HostArena(nbytes)
     arena.view(0, nbytes)[:] = b"\xa5" * nbytes
     export = await plane.export(arena)
-    return Link(plane, arena, export, await plane.attach(export.offer(PEER)))
+    return Link(plane, arena, export, await plane.attach(export.offer(LINK)))
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ async def test_a_sender_that_is_not_reached_is_unavailable(network: FakeNetwork)
     export = await plane.export(arena)
     network.before_probe = network.engines.clear
     with pytest.raises(PlaneUnavailable, match=r"cannot reach this process at 127.0.0.1:\d+"):
-        await plane.attach(export.offer(PEER))
+        await plane.attach(export.offer(LINK))
     await export.aclose()
 
 
@@ -308,7 +308,7 @@ async def test_an_engine_that_does_not_begin_is_unavailable(network: FakeNetwork
     ],
 )
 async def test_a_stranger_gets_nothing(link: Link, said: bytes) -> None:
-    offer = decode_offer(link.export.offer(PEER))
+    offer = decode_offer(link.export.offer(LINK))
     reader, writer = await asyncio.open_connection(offer.host, offer.port)
     writer.write(said)
     assert await reader.read() == b""
@@ -317,7 +317,7 @@ async def test_a_stranger_gets_nothing(link: Link, said: bytes) -> None:
 
 
 async def test_silent_strangers_are_bounded(link: Link) -> None:
-    offer = decode_offer(link.export.offer(PEER))
+    offer = decode_offer(link.export.offer(LINK))
     strangers = [
         await asyncio.open_connection(offer.host, offer.port)
         for _ in range(receiving.MAX_STRANGERS + 2)

@@ -39,9 +39,9 @@ def test_told_the_same_again_nothing_changes() -> None:
     assert permits.get(GRANT) is not permit
 
 
-def test_withdraws_one_one_peers_and_all() -> None:
+def test_withdraws_one_one_links_and_all() -> None:
     permits = Permits()
-    grants = [GRANT, GRANT._replace(sequence=4), GRANT._replace(peer=9), GRANT._replace(peer=8)]
+    grants = [GRANT, GRANT._replace(sequence=4), GRANT._replace(link=9), GRANT._replace(link=8)]
     for grant in grants:
         permits.add(grant, [ByteRange(0, 8)])
     held = [permits.get(grant) for grant in grants]

@@ -27,7 +27,7 @@ from aiomm.planes.shm import ShmPlane
 from .contract import (
     ARENA_NBYTES,
     GRANT,
-    PEER,
+    LINK,
     Link,
     PlaneContract,
     bytes_of,
@@ -45,7 +45,7 @@ def export_until_killed(pipe: Connection) -> None:
 
     async def run() -> None:
         export = await ShmPlane().export(MemfdArena(ARENA_NBYTES))
-        pipe.send(export.offer(PEER))
+        pipe.send(export.offer(LINK))
         await asyncio.Event().wait()
 
     asyncio.run(run())
@@ -210,7 +210,7 @@ class TestShmPlane(PlaneContract):
         self, link: Link, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A sender with many receivers holds its loop no longer than one with a single one."""
-        second = await link.plane.attach(link.export.offer(PEER))
+        second = await link.plane.attach(link.export.offer(LINK))
         await asyncio.sleep(0)
         monkeypatch.setattr(copying, "TURN_SECONDS", -1.0)
         run = whole(random_rows(2, 16), 0)
@@ -220,7 +220,7 @@ class TestShmPlane(PlaneContract):
 
     async def test_another_process_writes(self, link: Link) -> None:
         process, pipe = start_process(attach_and_write)
-        pipe.send((None, link.export.offer(PEER)))
+        pipe.send((None, link.export.offer(LINK)))
         assert await received(pipe) == "written"
         expected = expected_content(ARENA_NBYTES, (128, strided_rows(64, 64)))
         assert link.content() == expected
@@ -231,7 +231,7 @@ class TestShmPlane(PlaneContract):
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
     async def test_another_user_is_refused(self, link: Link) -> None:
         process, pipe = start_process(attach_and_write)
-        pipe.send((NOBODY, link.export.offer(PEER)))
+        pipe.send((NOBODY, link.export.offer(LINK)))
         assert "another user" in str(await received(pipe))
         process.join()
         process.close()
@@ -242,7 +242,7 @@ class TestShmPlane(PlaneContract):
         assert isinstance(link.export, shm._ShmExport)
         link.export.desk.user = NOBODY
         with pytest.raises(PlaneUnavailable, match="refuses"):
-            await link.plane.attach(link.export.offer(PEER))
+            await link.plane.attach(link.export.offer(LINK))
 
     async def test_the_end_of_a_killed_exporter_is_noticed(self) -> None:
         process, pipe = start_process(export_until_killed)
@@ -291,21 +291,21 @@ class TestShmPlane(PlaneContract):
         strangers = [await self.stranger(link) for _ in range(handover.MAX_STRANGERS + 4)]
         for reader, _ in strangers[:4]:
             assert await reader.read() == b""
-        second = await link.plane.attach(link.export.offer(PEER))
+        second = await link.plane.attach(link.export.offer(LINK))
         await second.aclose()
         for _, writer in strangers:
             writer.close()
 
     async def test_a_sender_that_goes_on_talking_is_cut_off(self, link: Link) -> None:
         assert isinstance(link.export, shm._ShmExport)
-        offer = link.export.offer(PEER)
+        offer = link.export.offer(LINK)
         reader, writer = await self.stranger(link)
-        writer.write(link.export.desk.secrets[PEER])
+        writer.write(link.export.desk.secrets[LINK])
         assert await reader.readexactly(1) == shm.ACCEPTED
         writer.write(b"hello?")
         assert await reader.read() == b""
         writer.close()
-        assert link.export.offer(PEER) == offer
+        assert link.export.offer(LINK) == offer
 
     async def stranger(self, link: Link) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         connection = socket.socket(socket.AF_UNIX)
@@ -321,7 +321,7 @@ class TestShmPlane(PlaneContract):
         with socket.socket() as other:
             link.export.arena = _Impostor(other.fileno(), ARENA_NBYTES)  # type: ignore[assignment]
             with pytest.raises(PlaneUnavailable, match="no memfd"):
-                await link.plane.attach(link.export.offer(PEER))
+                await link.plane.attach(link.export.offer(LINK))
 
 
 class _Impostor:

@@ -25,7 +25,7 @@ from .contract import (
     ARENA_NBYTES,
     BACKGROUND,
     GRANT,
-    PEER,
+    LINK,
     Link,
     PlaneContract,
     bytes_of,
@@ -48,14 +48,14 @@ class ByHand:
     @classmethod
     async def connect(cls, link: Link) -> ByHand:
         """Connect without a word."""
-        offer = wire.decode_offer(link.export.offer(PEER))
+        offer = wire.decode_offer(link.export.offer(LINK))
         return cls(*await asyncio.open_connection(offer.host, offer.port))
 
     @classmethod
     async def admitted(cls, link: Link, attachment: int = 0, oldest: int = 0) -> ByHand:
         """Connect and show the key."""
         by_hand = await cls.connect(link)
-        offer = wire.decode_offer(link.export.offer(PEER))
+        offer = wire.decode_offer(link.export.offer(LINK))
         by_hand.writer.write(wire.encode_preamble(offer, attachment, oldest))
         greeting = wire.parse_greeting(await by_hand.reader.readexactly(wire.GREETING.size))
         assert greeting.arena_nbytes == link.arena.nbytes
@@ -137,7 +137,7 @@ async def impostor(greeting: bytes, answer: bytes = b"") -> AsyncIterator[bytes]
 
     server = await asyncio.start_server(speak, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    yield msgspec.msgpack.encode(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
+    yield msgspec.msgpack.encode(wire.Offer("127.0.0.1", port, LINK, bytes(16)))
     await has_spoken.wait()
     server.close()
     await server.wait_closed()
@@ -181,14 +181,14 @@ class TestTcpPlane(PlaneContract):
         await link.remote.write(GRANT, [whole(tensor, 0)])
         assert link.content() == expected_content(ARENA_NBYTES, (0, tensor))
 
-    @pytest.mark.parametrize("field", ["peer", "generation", "sequence"])
+    @pytest.mark.parametrize("field", ["link", "generation", "sequence"])
     async def test_a_grant_is_good_for_itself_only(self, link: Link, field: str) -> None:
         link.export.permit(GRANT._replace(**{field: 99}), [ByteRange(0, 64)])
         with pytest.raises(PlaneUnavailable, match="not granted"):
             await link.remote.write(GRANT, [whole(random_rows(4, 16), 0)])
 
     async def test_the_key_says_who_writes_not_the_sender(self, link: Link) -> None:
-        other = GRANT._replace(peer=PEER + 1)
+        other = GRANT._replace(link=LINK + 1)
         link.export.permit(other, [ByteRange(0, 64)])
         with pytest.raises(PlaneUnavailable, match="not granted"):
             await link.remote.write(other, [whole(random_rows(4, 16), 0)])
@@ -249,7 +249,7 @@ class TestTcpPlane(PlaneContract):
 
     async def test_every_cut_of_the_stream_is_understood(self, link: Link) -> None:
         by_hand = await ByHand.connect(link)
-        offer = wire.decode_offer(link.export.offer(PEER))
+        offer = wire.decode_offer(link.export.offer(LINK))
         link.export.permit(GRANT, [ByteRange(0, 64)])
         stream = wire.encode_preamble(offer) + header((0, 5), (32, 0), (10, 3)) + b"12345abc"
         for byte in stream:
@@ -304,9 +304,9 @@ class TestTcpPlane(PlaneContract):
         assert caplog.text.count("foreign traffic") == 1
 
     async def test_a_wrong_key_is_refused(self, link: Link) -> None:
-        offer = wire.decode_offer(link.export.offer(PEER))
-        for peer, key in ((PEER, bytes(16)), (PEER + 1, offer.key), (PEER + 1, bytes(16))):
-            wrong = msgspec.msgpack.encode(wire.Offer(offer.host, offer.port, peer, key))
+        offer = wire.decode_offer(link.export.offer(LINK))
+        for number, key in ((LINK, bytes(16)), (LINK + 1, offer.key), (LINK + 1, bytes(16))):
+            wrong = msgspec.msgpack.encode(wire.Offer(offer.host, offer.port, number, key))
             with pytest.raises(PlaneUnavailable, match="refuses"):
                 await link.plane.attach(wrong)
 
@@ -322,7 +322,7 @@ class TestTcpPlane(PlaneContract):
         strangers = [await ByHand.connect(link) for _ in range(receiving.MAX_STRANGERS + 4)]
         for stranger in strangers[:4]:
             assert await stranger.is_cut_off()
-        second = await link.plane.attach(link.export.offer(PEER))
+        second = await link.plane.attach(link.export.offer(LINK))
         await second.aclose()
         for stranger in strangers:
             await stranger.aclose()
@@ -459,8 +459,8 @@ class TestTcpPlane(PlaneContract):
         await by_hand.aclose()
         for attachment in range(1, progress.MAX_ATTACHMENTS + 1):
             await (await ByHand.admitted(link, attachment)).aclose()
-        assert len(link.export.attachments._attachments[PEER]) == progress.MAX_ATTACHMENTS
-        link.export.forget(PEER)
+        assert len(link.export.attachments._attachments[LINK]) == progress.MAX_ATTACHMENTS
+        link.export.forget(LINK)
         assert not link.export.attachments._attachments
 
     # -- lost connections ---------------------------------------------------------------
@@ -539,7 +539,7 @@ class TestTcpPlane(PlaneContract):
         monkeypatch.setattr(connecting, "CONNECT_SECONDS", 0.02)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-            offer = msgspec.msgpack.encode(wire.Offer("127.0.0.1", port, PEER, bytes(16)))
+            offer = msgspec.msgpack.encode(wire.Offer("127.0.0.1", port, LINK, bytes(16)))
             with pytest.raises(PlaneUnavailable, match="silent"):
                 await TcpPlane().attach(offer)
 
@@ -566,7 +566,7 @@ class TestTcpPlane(PlaneContract):
     async def test_the_offer_names_the_advertised_address(self, wildcard: str) -> None:
         arena = HostArena(4096)
         export = await TcpPlane.at(Place(wildcard, "host-7"), by_name=True).export(arena)
-        assert wire.decode_offer(export.offer(PEER)).host == "host-7"
+        assert wire.decode_offer(export.offer(LINK)).host == "host-7"
         await export.aclose()
         arena.close()
 
@@ -584,7 +584,7 @@ class TestTcpPlane(PlaneContract):
         """Of both families one may be another program's, or not reachable at all."""
         arena = HostArena(4096)
         export = await TcpPlane(bind="127.0.0.1", advertise="both.example").export(arena)
-        offer = wire.decode_offer(export.offer(PEER))
+        offer = wire.decode_offer(export.offer(LINK))
         async with impostor(b"220 smtp.example.org ESMTP ready\r\n") as other:
             places = [("127.0.0.1", wire.decode_offer(other).port), ("127.0.0.1", offer.port)]
 
@@ -593,7 +593,7 @@ class TestTcpPlane(PlaneContract):
                 return [sockets.Endpoint(socket.AF_INET, place) for place in places]
 
             monkeypatch.setattr(sending, "resolve", resolve)
-            remote = await TcpPlane().attach(export.offer(PEER))
+            remote = await TcpPlane().attach(export.offer(LINK))
             await remote.aclose()
         await export.aclose()
         arena.close()
@@ -639,7 +639,7 @@ class TestTcpPlane(PlaneContract):
         plane = TcpPlane(bind=bind, advertise=advertise)
         arena = HostArena(4096)
         export = await plane.export(arena)
-        remote = await plane.attach(export.offer(PEER))
+        remote = await plane.attach(export.offer(LINK))
         tensor = random_rows(4, 16)
         link = Link(plane, arena, export, remote)
         await link.write([whole(tensor, 0)])

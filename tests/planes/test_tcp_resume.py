@@ -22,7 +22,7 @@ from aiomm.planes.tcp import TcpPlane, connecting, receiving, sending, wire
 from .contract import (
     BACKGROUND,
     GRANT,
-    PEER,
+    LINK,
     Link,
     bytes_of,
     random_rows,
@@ -155,7 +155,7 @@ async def cabled(
     arena = HostArena(nbytes)
     arena.view(0, nbytes)[:] = bytes([BACKGROUND]) * nbytes
     export = await plane.export(arena)
-    offer = wire.decode_offer(export.offer(PEER))
+    offer = wire.decode_offer(export.offer(LINK))
     cable = Cable(offer.host, offer.port)
     take = receiving.Connection.buffer_updated
 
@@ -168,7 +168,7 @@ async def cabled(
     server = await asyncio.start_server(cable.accept, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     remote = await plane.attach(
-        msgspec.msgpack.encode(wire.Offer(offer.host, port, PEER, offer.key))
+        msgspec.msgpack.encode(wire.Offer(offer.host, port, LINK, offer.key))
     )
     link = Link(plane, arena, export, remote)
     try:
@@ -353,7 +353,7 @@ async def test_a_receiver_that_lets_nobody_in_any_more_ends_the_write_at_once(
             await link.export.aclose()
             server.close()
         else:
-            link.export.forget(PEER)
+            link.export.forget(LINK)
         async with asyncio.timeout(10):
             results = await asyncio.gather(*writes, return_exceptions=True)
         for error in results:
@@ -458,9 +458,9 @@ async def test_another_receiver_at_the_same_place_is_left(monkeypatch: pytest.Mo
         await cable.until(lambda: not cable.breaks)
         other = receiving.TcpExport(HostArena(4096), "127.0.0.1")
         await other.listen("127.0.0.1", 0)
-        offer = wire.decode_offer(link.export.offer(PEER))
-        other._keys[PEER] = offer.key
-        cable.port = wire.decode_offer(other.offer(PEER)).port
+        offer = wire.decode_offer(link.export.offer(LINK))
+        other._keys[LINK] = offer.key
+        cable.port = wire.decode_offer(other.offer(LINK)).port
         with pytest.raises(PlaneUnavailable, match="another receiver"):
             await write
         await other.aclose()
@@ -471,7 +471,7 @@ async def test_an_idle_link_whose_connection_has_gone() -> None:
     plane, tensor = TcpPlane(), torch.arange(100)
     arena = HostArena(NBYTES)
     export = await plane.export(arena)
-    link = Link(plane, arena, export, await plane.attach(export.offer(PEER)))
+    link = Link(plane, arena, export, await plane.attach(export.offer(LINK)))
     assert isinstance(export, receiving.TcpExport)
     for connection in export.connections:
         connection.abort()

@@ -73,20 +73,20 @@ class CudaExport(Export):
         await self._desk.open()
         _exports[self._epoch] = self
 
-    def offer(self, peer: int) -> bytes:
-        """Return where the sender on link `peer` gets the handle; the same each time."""
-        invitation = self._desk.invite(peer)
+    def offer(self, link: int) -> bytes:
+        """Return where the sender on `link` gets the handle; the same each time."""
+        invitation = self._desk.invite(link)
         offer = Offer(invitation, _own_process(), self._epoch, self._uuid, self._nbytes)
         return msgspec.msgpack.encode(offer)
 
-    def forget(self, peer: int) -> None:
+    def forget(self, link: int) -> None:
         """Void the sender's secret, and ask it to close the pool if it is still there."""
-        self._desk.secrets.pop(peer, None)
+        self._desk.secrets.pop(link, None)
         for visitor, importer in self._importers.items():
-            if importer.peer == peer:
+            if importer.link == link:
                 visitor.say(RETIRE)
-        for ours, link in list(self._locals.items()):
-            if link == peer:
+        for ours, its_link in list(self._locals.items()):
+            if its_link == link:
                 self._part(ours)
 
     def visit(self, secret: bytes) -> socket.socket:
@@ -97,11 +97,11 @@ class CudaExport(Export):
         Raises:
             PlaneUnavailable: no sender has such a secret.
         """
-        peers = [peer for peer, known in self._desk.secrets.items() if known == secret]
-        if not peers:
+        links = [link for link, known in self._desk.secrets.items() if known == secret]
+        if not links:
             raise PlaneUnavailable("cuda_ipc: the receiver, in this process, has forgotten us")
         ours, theirs = socket.socketpair(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._locals[ours] = peers[0]
+        self._locals[ours] = links[0]
         asyncio.get_running_loop().add_reader(ours.fileno(), self._part, ours)
         return theirs
 
@@ -131,10 +131,10 @@ class CudaExport(Export):
             ours.close()
 
     def _hand(self, visitor: Visitor) -> tuple[bytes, list[int]]:
-        assert visitor.peer is not None
+        assert visitor.link is not None
         with visitor.socket() as connection:
             pidfd = peer_pidfd(connection)
-        importer = _Importer(visitor.peer, pidfd)
+        importer = _Importer(visitor.link, pidfd)
         self._importers[visitor] = importer
         importer.gone.add_done_callback(lambda _: self._importers.pop(visitor, None))
         visitor.lost.add_done_callback(partial(self._left, importer))
@@ -154,8 +154,8 @@ class CudaExport(Export):
 class _Importer:
     """A process that may have the pool open: until it says that it has not, or is dead."""
 
-    def __init__(self, peer: int, pidfd: int | None) -> None:
-        self.peer = peer
+    def __init__(self, link: int, pidfd: int | None) -> None:
+        self.link = link
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = loop.create_future()
         self._watch = None if pidfd is None else ProcessWatch(loop, pidfd, self.end)
@@ -168,7 +168,7 @@ class _Importer:
             self.gone.set_result(None)
 
     def __str__(self) -> str:
-        return f"the sender on link {self.peer:x}"
+        return f"the sender on link {self.link:x}"
 
 
 def exported_here(offer: Offer) -> CudaExport | None:

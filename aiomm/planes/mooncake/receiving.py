@@ -103,10 +103,10 @@ class MooncakeExport(Export):
             raise PlaneUnavailable(f"mooncake: cannot listen on {host}: {exc}") from exc
         self._port: int = self._server.sockets[0].getsockname()[1]
 
-    def offer(self, peer: int) -> bytes:
-        """Return address and key for the sender on link `peer`; the same each time."""
-        key = self._keys.setdefault(peer, secrets.token_bytes(KEY_NBYTES))
-        return msgspec.msgpack.encode(Offer(self._advertise, self._port, peer, key))
+    def offer(self, link: int) -> bytes:
+        """Return address and key for the sender on `link`; the same each time."""
+        key = self._keys.setdefault(link, secrets.token_bytes(KEY_NBYTES))
+        return msgspec.msgpack.encode(Offer(self._advertise, self._port, link, key))
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
         """Read for `grant` into `ranges`, and nowhere else."""
@@ -121,12 +121,12 @@ class MooncakeExport(Export):
         """Return the reads that run for `grant`."""
         return tuple(self._reads.get(grant, ()))
 
-    def forget(self, peer: int) -> None:
-        """Void the key and grants of `peer` and close its connections."""
-        self._keys.pop(peer, None)
-        self.permits.withdraw_all(peer)
+    def forget(self, link: int) -> None:
+        """Void the key and grants of `link` and close its connections."""
+        self._keys.pop(link, None)
+        self.permits.withdraw_all(link)
         for connection in list(self.connections):
-            if connection.peer == peer:
+            if connection.link == link:
                 connection.abort()
 
     async def aclose(self) -> None:
@@ -163,9 +163,9 @@ class MooncakeExport(Export):
         if not reads:
             del self._reads[grant]
 
-    def knows(self, peer: int, key: bytes) -> bool:
-        """Whether `key` is the key of `peer`; takes the same time for every wrong key."""
-        return hmac.compare_digest(self._keys.get(peer, bytes(KEY_NBYTES + 1)), key)
+    def knows(self, link: int, key: bytes) -> bool:
+        """Whether `key` is the key of `link`; takes the same time for every wrong key."""
+        return hmac.compare_digest(self._keys.get(link, bytes(KEY_NBYTES + 1)), key)
 
     def complain(self, address: object, about: str) -> None:
         """Log a misbehaving peer: the first one as a warning, the rest for debugging."""
@@ -228,7 +228,7 @@ class Connection(asyncio.Protocol):
     """One sender's connection: parcels come in, answers go out."""
 
     def __init__(self, export: MooncakeExport) -> None:
-        self.peer: int | None = None
+        self.link: int | None = None
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._export = export
         self._received = bytearray()
@@ -284,7 +284,7 @@ class Connection(asyncio.Protocol):
         with received:
             if not received:
                 return 0
-            if self.peer is None:
+            if self.link is None:
                 preamble = parse_preamble(received)
                 if preamble is not None:
                     self._admit(preamble)
@@ -294,14 +294,14 @@ class Connection(asyncio.Protocol):
             parcel = parse_parcel(received, self._export.arena.nbytes)
             if parcel is None:
                 return 0
-            grant = GrantKey(self.peer, parcel.generation, parcel.sequence)
+            grant = GrantKey(self.link, parcel.generation, parcel.sequence)
             self._parcels.append(Incoming(parcel, grant, self._export.permits.get(grant)))
             return parcel.nbytes
 
     def _admit(self, preamble: Preamble) -> None:
-        if not self._export.knows(preamble.peer, preamble.key):
+        if not self._export.knows(preamble.link, preamble.key):
             raise ProtocolError("wrong key")
-        self.peer, self._session = preamble.peer, preamble.session
+        self.link, self._session = preamble.link, preamble.session
         self._leave_strangers()
         self._contact = asyncio.get_running_loop().create_task(self._greet())
 

@@ -8,7 +8,7 @@
       | -- parcel: number, grant, pieces ----------> |   which the receiver reads, if permitted
       | <- answer: number, landed, or why not ------ |   in any order
 
-The key is the peer's own and travels in the Hello: the engine itself lets anybody in.
+Each link has a key of its own, which travels in the Hello: the engine itself lets anybody in.
 """
 
 from __future__ import annotations
@@ -75,14 +75,15 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, tag="mooncake"):
 
     host: Annotated[str, Meta(min_length=1, max_length=255)]
     port: Annotated[int, Meta(ge=1, le=65535)]
-    peer: Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
+    link: Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
     key: Annotated[bytes, Meta(min_length=KEY_NBYTES, max_length=KEY_NBYTES)]
 
 
 class Preamble(NamedTuple):
     """Who comes, and where its engine is."""
 
-    peer: int
+    link: int
+    """The receiver's number for the link, out of its offer."""
     key: bytes
     session: str
     nbytes: int
@@ -144,7 +145,7 @@ def decode_offer(encoded: bytes) -> Offer:
 def encode_preamble(offer: Offer, session: str) -> bytes:
     """Return what a sender says first."""
     name = session.encode()
-    return PREAMBLE.pack(MAGIC, offer.peer, offer.key, len(name)) + name
+    return PREAMBLE.pack(MAGIC, offer.link, offer.key, len(name)) + name
 
 
 def parse_preamble(received: memoryview) -> Preamble | None:
@@ -157,7 +158,7 @@ def parse_preamble(received: memoryview) -> Preamble | None:
         raise ProtocolError(f"foreign traffic, beginning with {bytes(received[:16])!r}")
     if len(received) < PREAMBLE.size:
         return None
-    _, peer, key, name_nbytes = PREAMBLE.unpack_from(received)
+    _, link, key, name_nbytes = PREAMBLE.unpack_from(received)
     nbytes = PREAMBLE.size + name_nbytes
     if not 1 <= name_nbytes <= MAX_SESSION_NBYTES:
         raise ProtocolError(f"a session's name of {name_nbytes} bytes")
@@ -167,7 +168,7 @@ def parse_preamble(received: memoryview) -> Preamble | None:
         session = str(received[PREAMBLE.size : nbytes], "ascii")
     except UnicodeDecodeError as exc:
         raise ProtocolError("a session's name that is no text") from exc
-    return Preamble(peer, key, session, nbytes)
+    return Preamble(link, key, session, nbytes)
 
 
 def parse_greeting(received: memoryview) -> Greeting | None:

@@ -11,7 +11,7 @@ from .wire import MAX_ANSWERS, Answer, Header, Piece, Status
 __all__ = ["Attachment", "Attachments", "Incoming"]
 
 MAX_ATTACHMENTS = 8
-"""Of one sender; one more, and the progress of the first of them is forgotten."""
+"""Of one link; one more, and the progress of the first of them is forgotten."""
 MAX_UNFINISHED = 8
 """Writes of one attachment whose progress is kept. Only one is on its way at a time; more of
 them break only when connections do so again and again."""
@@ -119,16 +119,16 @@ class Attachments:
     def __init__(self) -> None:
         self._attachments: dict[int, dict[int, Attachment]] = {}
 
-    def get(self, peer: int, number: int) -> Attachment:
-        """Return an attachment of that sender's, a new one if it is not known."""
-        of_peer = self._attachments.setdefault(peer, {})
-        attachment = of_peer.setdefault(number, Attachment())
-        _bound(of_peer, MAX_ATTACHMENTS)
+    def get(self, link: int, number: int) -> Attachment:
+        """Return an attachment over `link`, a new one if it is not known."""
+        of_link = self._attachments.setdefault(link, {})
+        attachment = of_link.setdefault(number, Attachment())
+        _bound(of_link, MAX_ATTACHMENTS)
         return attachment
 
-    def forget(self, peer: int) -> None:
-        """Drop those of one sender."""
-        self._attachments.pop(peer, None)
+    def forget(self, link: int) -> None:
+        """Drop those of one link."""
+        self._attachments.pop(link, None)
 
     def clear(self) -> None:
         """Drop all of them."""

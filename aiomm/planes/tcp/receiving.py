@@ -79,10 +79,10 @@ class TcpExport(Export):
         except OSError as exc:
             raise PlaneUnavailable(f"tcp: cannot listen on {host} port {port}: {exc}") from exc
 
-    def offer(self, peer: int) -> bytes:
-        """Return address and key for the sender with epoch `peer`; the same each time."""
-        key = self._keys.setdefault(peer, secrets.token_bytes(KEY_NBYTES))
-        return msgspec.msgpack.encode(Offer(self._advertise, self._port, peer, key))
+    def offer(self, link: int) -> bytes:
+        """Return address and key for the sender on `link`; the same each time."""
+        key = self._keys.setdefault(link, secrets.token_bytes(KEY_NBYTES))
+        return msgspec.msgpack.encode(Offer(self._advertise, self._port, link, key))
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
         """Let writes under `grant` touch `ranges`, and nothing else."""
@@ -93,13 +93,13 @@ class TcpExport(Export):
         self.permits.withdraw(grant)
         return True
 
-    def forget(self, peer: int) -> None:
-        """Void the key and grants of `peer` and close its connections."""
-        self._keys.pop(peer, None)
-        self.permits.withdraw_all(peer)
-        self.attachments.forget(peer)
+    def forget(self, link: int) -> None:
+        """Void the key and grants of `link` and close its connections."""
+        self._keys.pop(link, None)
+        self.permits.withdraw_all(link)
+        self.attachments.forget(link)
         for connection in list(self.connections):
-            if connection.peer == peer:
+            if connection.link == link:
                 connection.abort()
 
     async def aclose(self) -> None:
@@ -123,9 +123,9 @@ class TcpExport(Export):
             if connection is not newer and connection.attached == newer.attached:
                 connection.abort()
 
-    def knows(self, peer: int, key: bytes) -> bool:
-        """Whether `key` is the key of `peer`; takes the same time for every wrong key."""
-        return hmac.compare_digest(self._keys.get(peer, bytes(KEY_NBYTES + 1)), key)
+    def knows(self, link: int, key: bytes) -> bool:
+        """Whether `key` is the key of `link`; takes the same time for every wrong key."""
+        return hmac.compare_digest(self._keys.get(link, bytes(KEY_NBYTES + 1)), key)
 
     def scratch(self) -> memoryview:
         """Return memory whose content nobody reads, made when it is first needed."""
@@ -144,9 +144,9 @@ class Connection(asyncio.BufferedProtocol):
     """One data connection. The event loop reads into whatever `get_buffer` returns."""
 
     def __init__(self, export: TcpExport) -> None:
-        self.peer: int | None = None
+        self.link: int | None = None
         self.attached: tuple[int, int] | None = None
-        """The sender and its attachment, once the key was shown."""
+        """The link and the sender's attachment, once the key was shown."""
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._export = export
         self._head = memoryview(bytearray(max(HEAD_NBYTES, MAX_HEADER_NBYTES)))
@@ -222,12 +222,12 @@ class Connection(asyncio.BufferedProtocol):
         """Use the first bytes of `received` and return how many; 0 when more are needed."""
         if self._incoming is not None:
             return self._land(received)
-        if self.peer is None:
+        if self.link is None:
             return self._admit(received)
         header = parse_header(received, self._export.arena.nbytes)
         if header is None:
             return 0
-        grant = GrantKey(self.peer, header.generation, header.sequence)
+        grant = GrantKey(self.link, header.generation, header.sequence)
         self._incoming = self._attachment.begin(header, self._export.permits.get(grant))
         self._end_if_complete()
         return header.nbytes
@@ -237,11 +237,11 @@ class Connection(asyncio.BufferedProtocol):
         if preamble is None:
             return 0
         self._leave_strangers()
-        if not self._export.knows(preamble.peer, preamble.key):
+        if not self._export.knows(preamble.link, preamble.key):
             self._refuse()
             return PREAMBLE.size
-        self.peer = preamble.peer
-        self.attached = (preamble.peer, preamble.attachment)
+        self.link = preamble.link
+        self.attached = (preamble.link, preamble.attachment)
         self._export.supersede(self)
         self._attachment = self._export.attachments.get(*self.attached)
         answers = self._attachment.resume(preamble.oldest)

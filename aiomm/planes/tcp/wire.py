@@ -3,7 +3,7 @@
 ::
 
     sender                                      receiver
-      | -- preamble: version, peer, key, --------> |   a wrong key is refused
+      | -- preamble: version, link, key, --------> |   a wrong key is refused
       |    attachment, oldest open write           |
       | <- greeting: version, arena's bytes, ----- |   an older connection of the same
       |    an answer for each open write           |   attachment is cut off before
@@ -90,7 +90,8 @@ class Status(IntEnum):
 class Preamble(NamedTuple):
     """Who connects, and what for."""
 
-    peer: int
+    link: int
+    """The receiver's number for the link, out of its offer."""
     key: bytes
     attachment: int
     """Chosen by the sender, the same for the connections that follow each other."""
@@ -137,7 +138,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, tag="tcp"):
 
     host: Annotated[str, Meta(min_length=1, max_length=255)]
     port: Annotated[int, Meta(ge=1, le=65535)]
-    peer: Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
+    link: Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
     key: Annotated[bytes, Meta(min_length=KEY_NBYTES, max_length=KEY_NBYTES)]
 
 
@@ -155,7 +156,7 @@ def decode_offer(encoded: bytes) -> Offer:
 
 def encode_preamble(offer: Offer, attachment: int = 0, oldest: int = 0) -> bytes:
     """Return what a sender says first."""
-    return PREAMBLE.pack(MAGIC, offer.peer, offer.key, attachment, oldest)
+    return PREAMBLE.pack(MAGIC, offer.link, offer.key, attachment, oldest)
 
 
 def parse_preamble(received: memoryview) -> Preamble | None:
@@ -168,8 +169,8 @@ def parse_preamble(received: memoryview) -> Preamble | None:
         raise ProtocolError(f"foreign traffic, beginning with {bytes(received[:16])!r}")
     if len(received) < PREAMBLE.size:
         return None
-    _, peer, key, attachment, oldest = PREAMBLE.unpack_from(received)
-    return Preamble(peer, key, attachment, oldest)
+    _, link, key, attachment, oldest = PREAMBLE.unpack_from(received)
+    return Preamble(link, key, attachment, oldest)
 
 
 def encode_greeting(arena_nbytes: int, answers: Sequence[Answer]) -> bytes:
