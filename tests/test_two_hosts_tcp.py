@@ -46,7 +46,7 @@ async def main():
     plane, arena, grant = TcpPlane(bind="fe80::77%cable"), HostArena(4096), GrantKey(1, 1, 1)
     export = await plane.export(arena)
     remote = await plane.attach(export.offer(1))
-    for connection in export.connections:
+    for connection in export.door.callers:
         connection.abort()  # a connection that is made anew knows the interface, too
     export.permit(grant, [ByteRange(0, 64)])
     rows = TokenRows.of("rows", Field("uint8", 16), b"0123456789abcdef" * 4)

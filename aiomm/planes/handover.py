@@ -8,29 +8,28 @@ offer. The connection stays: its end tells each side that the other is gone.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import os
 import secrets
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, NamedTuple, cast
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from ..errors import PlaneUnavailable
 from ..processes import peer_credentials
+from .door import SECRET_NBYTES, Caller, Door
 
 __all__ = ["Desk", "Invitation", "Received", "Visitor", "redeem"]
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_SECONDS = 5.0
-MAX_STRANGERS = 64
+ANSWER_SECONDS = 5.0
+"""How long a sender waits for what it is handed."""
 BACKLOG = 1024
-SECRET_NBYTES = 16
 NAME_NBYTES = 16
 REFUSED = "the receiver refuses this process (another user, or a void offer) or has just ended"
 
@@ -61,13 +60,8 @@ class Desk:
         self.plane = plane
         self.hand = hand
         self.heard = heard
-        self.secrets: dict[int, bytes] = {}
-        """What the sender on each link must show."""
-        self.strangers: dict[Visitor, None] = {}
-        """Connections that have not shown a secret yet, oldest first."""
-        self.visitors: set[Visitor] = set()
+        self.door: Door[Visitor] = Door(plane)
         self.user = os.geteuid()
-        self.is_closed = False
         self._name = secrets.token_bytes(NAME_NBYTES)
         self._server: asyncio.Server | None = None
 
@@ -92,62 +86,47 @@ class Desk:
 
     def invite(self, link: int) -> Invitation:
         """Return what the sender on `link` needs to come here; the same each time."""
-        secret = self.secrets.setdefault(link, secrets.token_bytes(SECRET_NBYTES))
-        return Invitation(self._name, secret)
+        return Invitation(self._name, self.door.secret_of(link))
 
     def forget(self, link: int) -> None:
         """Void the secret of a link, and send its sender away."""
-        self.secrets.pop(link, None)
-        for visitor in list(self.visitors):
-            if visitor.link == link:
-                visitor.abort()
+        self.door.forget(link)
 
     def refuse_more(self) -> None:
         """Hand nothing over any more; who is here stays."""
-        self.is_closed = True
-        self.secrets.clear()
+        self.door.shut()
         if self._server is not None:
             self._server.close()
 
     async def aclose(self) -> None:
         """Send everybody away. Idempotent."""
         self.refuse_more()
-        for visitor in list(self.visitors):
-            visitor.abort()
-        if self.visitors:
-            await asyncio.wait([visitor.lost for visitor in self.visitors])
+        await self.door.aclose()
         if self._server is not None:
             await self._server.wait_closed()
 
 
-class Visitor(asyncio.Protocol):
+class Visitor(Caller, asyncio.Protocol):
     """One connection: shows a secret, is handed what there is, stays until its end."""
 
     def __init__(self, desk: Desk) -> None:
+        super().__init__(desk.door)
         self._desk = desk
         self._received = b""
-        self.link: int | None = None
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Learn from the kernel whose process it is."""
-        self._transport = cast("asyncio.Transport", transport)
-        self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self.abort)
-        desk = self._desk
-        desk.visitors.add(self)
-        desk.strangers[self] = None
-        if len(desk.strangers) > MAX_STRANGERS:
-            next(iter(desk.strangers)).abort()
+        super().connection_made(transport)
+        if self._door.is_shut:
+            return
         try:
             with self.socket() as connection:
                 user = peer_credentials(connection).uid
         except OSError as exc:  # out of descriptors: whoever it is stays outside
             self._refuse(f"somebody unknown ({exc})")
             return
-        if user != desk.user:
+        if user != self._desk.user:
             self._refuse(f"user {user}")
-        elif desk.is_closed:
-            self.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take the secret; afterwards, whatever the plane lets senders say."""
@@ -157,24 +136,17 @@ class Visitor(asyncio.Protocol):
         self._received += data
         if len(self._received) < SECRET_NBYTES:
             return
-        self.link = self._owner(self._received)
-        if self.link is None:
+        link = self._door.owner_of(self._received)
+        if link is None:
             self._refuse("a stranger without a secret")
             return
-        self._leave_strangers()
+        self.let_in(link)
         try:
             message, descriptors = self._desk.hand(self)
             with self.socket() as connection:
                 socket.send_fds(connection, [message], descriptors)
         except (OSError, PlaneUnavailable) as exc:
             self._refuse(f"a sender that cannot be handed the arena ({exc})")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Leave."""
-        self._leave_strangers()
-        self._desk.visitors.discard(self)
-        if not self.lost.done():
-            self.lost.set_result(None)
 
     def say(self, message: bytes) -> None:
         """Tell it something short, if it still listens.
@@ -183,11 +155,6 @@ class Visitor(asyncio.Protocol):
         """
         with suppress(OSError), self.socket() as connection:
             connection.send(message)
-
-    def abort(self) -> None:
-        """Send it away."""
-        self._leave_strangers()
-        self._transport.abort()
 
     def socket(self) -> socket.socket:
         """Return the socket with a descriptor of its own, which the caller closes."""
@@ -199,17 +166,6 @@ class Visitor(asyncio.Protocol):
             self._refuse("a sender that goes on talking")
         else:
             self._desk.heard(self, data)
-
-    def _owner(self, shown: bytes) -> int | None:
-        found = None
-        for link, secret in self._desk.secrets.items():
-            if hmac.compare_digest(secret, shown):
-                found = link
-        return found
-
-    def _leave_strangers(self) -> None:
-        self._deadline.cancel()
-        self._desk.strangers.pop(self, None)
 
     def _refuse(self, whom: str) -> None:
         logger.warning("%s: refused %s", self._desk.plane, whom)
@@ -241,7 +197,7 @@ async def redeem(plane: str, invitation: Invitation, nbytes: int, num_fds: int) 
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(HANDSHAKE_SECONDS):
+        async with asyncio.timeout(ANSWER_SECONDS):
             await loop.sock_connect(connection, b"\0" + invitation.name)
             if peer_credentials(connection).uid != os.geteuid():
                 raise PlaneUnavailable(f"{plane}: the receiver runs as another user")
@@ -277,7 +233,7 @@ def _explain(exc: OSError) -> str:
         case ConnectionError():
             return REFUSED
         case TimeoutError():
-            return f"the receiver has not answered for {HANDSHAKE_SECONDS} s"
+            return f"the receiver has not answered for {ANSWER_SECONDS} s"
         case _:
             return f"the receiver cannot be reached: {exc}"
 

@@ -16,7 +16,7 @@ from multiprocessing.resource_tracker import ensure_running
 import pytest
 
 from aiomm.errors import PlaneUnavailable
-from aiomm.planes import handover
+from aiomm.planes import door, handover
 from aiomm.planes.handover import Desk, Invitation, Received, Visitor, redeem
 
 pytestmark = [pytest.mark.both_loops, pytest.mark.usefixtures("no_leaks")]
@@ -44,7 +44,7 @@ async def opened(
         yield desk
     finally:
         await desk.aclose()
-        assert (desk.visitors, desk.strangers) == (set(), {})
+        assert (desk.door.callers, desk.door.strangers) == (set(), {})
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ class TestHandingOver:
         assert desk.invite(1) == first
         assert (first.name, first.secret != second.secret) == (second.name, True)
         received = [await take(invitation) for invitation in (first, second, first)]
-        assert sorted(visitor.link or 0 for visitor in desk.visitors) == [1, 1, 2]
+        assert sorted(visitor.link or 0 for visitor in desk.door.callers) == [1, 1, 2]
         for each in received:
             each.connection.close()
 
@@ -157,10 +157,10 @@ class TestHandingOver:
             await stranger.writer.drain()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stranger.reader.read(1), 0.01)
-            assert len(desk.strangers) == 1
+            assert len(desk.door.strangers) == 1
             stranger.writer.write(secret[7:])
             assert await stranger.reader.readexactly(len(MESSAGE)) == MESSAGE
-            assert len(desk.strangers) == 0
+            assert len(desk.door.strangers) == 0
 
     @pytest.mark.parametrize("error", [OSError(errno.EBADF, "closed"), PlaneUnavailable("closed")])
     async def test_that_fails_sends_the_sender_away(
@@ -223,21 +223,21 @@ class TestStrangers:
         self, desk: Desk, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """And those that have shown a secret are not."""
-        monkeypatch.setattr(handover, "HANDSHAKE_SECONDS", 0.05)
+        monkeypatch.setattr(door, "HANDSHAKE_SECONDS", 0.05)
         received = await take(desk.invite(LINK))
         async with stranger_at(desk) as stranger:
             stranger.writer.write(desk.invite(LINK).secret[:15])
             assert await stranger.heard() == b""
-        assert [visitor.link for visitor in desk.visitors] == [LINK]
+        assert [visitor.link for visitor in desk.door.callers] == [LINK]
         received.connection.close()
 
     async def test_are_bounded_and_the_oldest_leave_first(self, desk: Desk) -> None:
         received = await take(desk.invite(LINK))
-        strangers = [await Stranger.at(desk) for _ in range(handover.MAX_STRANGERS + 3)]
+        strangers = [await Stranger.at(desk) for _ in range(door.MAX_STRANGERS + 3)]
         for stranger in strangers[:3]:
             assert await stranger.heard() == b""
-        assert len(desk.strangers) == handover.MAX_STRANGERS
-        assert len(desk.visitors) == handover.MAX_STRANGERS + 1
+        assert len(desk.door.strangers) == door.MAX_STRANGERS
+        assert len(desk.door.callers) == door.MAX_STRANGERS + 1
         strangers[3].writer.write(desk.invite(8).secret)
         assert await strangers[3].reader.readexactly(len(MESSAGE)) == MESSAGE
         for stranger in strangers:
@@ -248,9 +248,9 @@ class TestStrangers:
         stranger = await Stranger.at(desk)
         await stranger.leave()
         (await take(desk.invite(LINK))).connection.close()
-        while desk.visitors:
-            await asyncio.wait([visitor.lost for visitor in desk.visitors])
-        assert desk.strangers == {}
+        while desk.door.callers:
+            await asyncio.wait([visitor.lost for visitor in desk.door.callers])
+        assert desk.door.strangers == {}
 
     async def test_of_another_user_get_nothing(
         self, desk: Desk, caplog: pytest.LogCaptureFixture
@@ -333,7 +333,7 @@ class TestVisitors:
         assert await end_of(first.connection)
         with pytest.raises(PlaneUnavailable, match=REFUSED):
             await take(invitations[0])
-        assert [visitor.link for visitor in desk.visitors] == [2]
+        assert [visitor.link for visitor in desk.door.callers] == [2]
         again = await take(desk.invite(1))
         assert desk.invite(1).secret != invitations[0].secret
         for received in (first, second, again):
@@ -341,28 +341,28 @@ class TestVisitors:
 
     async def test_that_leave_are_noticed(self, desk: Desk) -> None:
         received = await take(desk.invite(LINK))
-        (visitor,) = desk.visitors
+        (visitor,) = desk.door.callers
         assert not visitor.lost.done()
         received.connection.close()
         await visitor.lost
-        assert desk.visitors == set()
+        assert desk.door.callers == set()
 
     async def test_stay_when_more_are_refused(self, desk: Desk) -> None:
         invitation = desk.invite(LINK)
         received = await take(invitation)
         async with stranger_at(desk) as late:
-            await until(lambda: len(desk.visitors) == 2)
+            await until(lambda: len(desk.door.callers) == 2)
             desk.refuse_more()
             desk.refuse_more()
             late.writer.write(invitation.secret)
             assert await late.heard() == b""
         with pytest.raises(PlaneUnavailable, match=GONE):
             await take(invitation)
-        assert [visitor.link for visitor in desk.visitors] == [LINK]
+        assert [visitor.link for visitor in desk.door.callers] == [LINK]
         received.connection.close()
 
     async def test_that_come_while_it_closes_are_sent_away(self, desk: Desk) -> None:
-        desk.is_closed = True
+        desk.door.is_shut = True
         with pytest.raises(PlaneUnavailable, match=REFUSED):
             await take(desk.invite(LINK))
 
@@ -371,7 +371,7 @@ class TestVisitors:
             invitation = desk.invite(LINK)
             received = await take(invitation)
             async with stranger_at(desk) as stranger:
-                await until(lambda: len(desk.visitors) == 2)
+                await until(lambda: len(desk.door.callers) == 2)
                 await desk.aclose()
                 assert await end_of(received.connection)
                 assert await stranger.heard() == b""
@@ -391,7 +391,7 @@ class TestDesk:
     async def test_that_was_never_opened_is_closed(self) -> None:
         desk = Desk("plane", hand_message)
         await desk.aclose()
-        assert desk.is_closed
+        assert desk.door.is_shut
 
     async def test_cannot_have_the_name_of_another(self, desk: Desk) -> None:
         other = Desk("other", hand_message)
@@ -420,7 +420,7 @@ async def listening() -> AsyncIterator[tuple[socket.socket, Invitation]]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
         listener.bind(b"\0" + name)
         listener.listen()
-        yield listener, Invitation(name, bytes(handover.SECRET_NBYTES))
+        yield listener, Invitation(name, bytes(door.SECRET_NBYTES))
 
 
 class TestReceiversThatAreNone:
@@ -437,7 +437,7 @@ class TestReceiversThatAreNone:
                 await taking
 
     async def test_one_never_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(handover, "HANDSHAKE_SECONDS", 0.01)
+        monkeypatch.setattr(handover, "ANSWER_SECONDS", 0.01)
         async with listening() as (_, invitation):
             told = "plane: the receiver has not answered for 0.01 s"
             with pytest.raises(PlaneUnavailable, match=told):

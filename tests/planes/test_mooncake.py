@@ -15,6 +15,7 @@ from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.memcpy import address_of
 from aiomm.buffers.tensors import memory_of
 from aiomm.errors import PlaneUnavailable
+from aiomm.planes import door
 from aiomm.planes.base import Place, Plane
 from aiomm.planes.mooncake import MooncakePlane, engine, library, receiving
 from aiomm.planes.mooncake.reads import target_in
@@ -319,8 +320,7 @@ async def test_a_stranger_gets_nothing(link: Link, said: bytes) -> None:
 async def test_silent_strangers_are_bounded(link: Link) -> None:
     offer = decode_offer(link.export.offer(LINK))
     strangers = [
-        await asyncio.open_connection(offer.host, offer.port)
-        for _ in range(receiving.MAX_STRANGERS + 2)
+        await asyncio.open_connection(offer.host, offer.port) for _ in range(door.MAX_STRANGERS + 2)
     ]
     assert await strangers[0][0].read() == b""
     await link.write([whole(random_rows(4, 16), 0)])

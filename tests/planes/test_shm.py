@@ -20,7 +20,7 @@ from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.memcpy import SharedCopies
 from aiomm.buffers.shm import MemfdArena
 from aiomm.errors import PlaneUnavailable
-from aiomm.planes import copying, handover, shm
+from aiomm.planes import copying, door, shm
 from aiomm.planes.base import Plane
 from aiomm.planes.shm import ShmPlane
 
@@ -279,7 +279,7 @@ class TestShmPlane(PlaneContract):
     async def test_a_stranger_gets_nothing(
         self, link: Link, shown: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(handover, "HANDSHAKE_SECONDS", 0.02)
+        monkeypatch.setattr(door, "HANDSHAKE_SECONDS", 0.02)
         reader, writer = await self.stranger(link)
         writer.write(shown)
         with contextlib.suppress(ConnectionResetError):
@@ -288,7 +288,7 @@ class TestShmPlane(PlaneContract):
         await link.write([whole(random_rows(4, 16), 0)])
 
     async def test_silent_strangers_are_bounded(self, link: Link) -> None:
-        strangers = [await self.stranger(link) for _ in range(handover.MAX_STRANGERS + 4)]
+        strangers = [await self.stranger(link) for _ in range(door.MAX_STRANGERS + 4)]
         for reader, _ in strangers[:4]:
             assert await reader.read() == b""
         second = await link.plane.attach(link.export.offer(LINK))
@@ -300,7 +300,7 @@ class TestShmPlane(PlaneContract):
         assert isinstance(link.export, shm._ShmExport)
         offer = link.export.offer(LINK)
         reader, writer = await self.stranger(link)
-        writer.write(link.export.desk.secrets[LINK])
+        writer.write(link.export.desk.door.secret_of(LINK))
         assert await reader.readexactly(1) == shm.ACCEPTED
         writer.write(b"hello?")
         assert await reader.read() == b""

@@ -17,6 +17,7 @@ from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
+from aiomm.planes import door
 from aiomm.planes.base import GrantKey, Place, Plane, Run
 from aiomm.planes.tcp import TcpPlane, connecting, progress, receiving, sending, sockets, wire
 from aiomm.planes.tcp.wire import Status
@@ -313,13 +314,13 @@ class TestTcpPlane(PlaneContract):
     async def test_a_silent_stranger_is_cut_off_in_time(
         self, link: Link, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(receiving, "HANDSHAKE_SECONDS", 0.02)
+        monkeypatch.setattr(door, "HANDSHAKE_SECONDS", 0.02)
         stranger = await ByHand.connect(link)
         assert await stranger.is_cut_off()
         await stranger.aclose()
 
     async def test_silent_strangers_are_bounded(self, link: Link) -> None:
-        strangers = [await ByHand.connect(link) for _ in range(receiving.MAX_STRANGERS + 4)]
+        strangers = [await ByHand.connect(link) for _ in range(door.MAX_STRANGERS + 4)]
         for stranger in strangers[:4]:
             assert await stranger.is_cut_off()
         second = await link.plane.attach(link.export.offer(LINK))
@@ -471,7 +472,7 @@ class TestTcpPlane(PlaneContract):
         tensor = torch.zeros(8192, 1024)
         write = asyncio.create_task(link.write([whole(tensor, 0)]))
         await until_received(link, 1024)
-        for connection in link.export.connections:
+        for connection in link.export.door.callers:
             connection.abort()
         await write
         assert link.content() == bytes_of(tensor)
@@ -600,7 +601,7 @@ class TestTcpPlane(PlaneContract):
 
     async def test_both_ends_notice_when_the_other_host_is_gone(self, link: Link) -> None:
         assert isinstance(link.export, receiving.TcpExport)
-        (accepted,) = link.export.connections
+        (accepted,) = link.export.door.callers
         end = accepted._transport.get_extra_info("socket")
         assert isinstance(link.remote, sending.TcpArena)
         for each in (end, link.remote._connection._socket):

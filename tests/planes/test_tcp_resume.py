@@ -459,7 +459,7 @@ async def test_another_receiver_at_the_same_place_is_left(monkeypatch: pytest.Mo
         other = receiving.TcpExport(HostArena(4096), "127.0.0.1")
         await other.listen("127.0.0.1", 0)
         offer = wire.decode_offer(link.export.offer(LINK))
-        other._keys[LINK] = offer.key
+        other.door._secrets[LINK] = offer.key
         cable.port = wire.decode_offer(other.offer(LINK)).port
         with pytest.raises(PlaneUnavailable, match="another receiver"):
             await write
@@ -473,7 +473,7 @@ async def test_an_idle_link_whose_connection_has_gone() -> None:
     export = await plane.export(arena)
     link = Link(plane, arena, export, await plane.attach(export.offer(LINK)))
     assert isinstance(export, receiving.TcpExport)
-    for connection in export.connections:
+    for connection in export.door.callers:
         connection.abort()
     await link.write([whole(tensor, 0)])
     assert link.content()[:800] == bytes_of(tensor)

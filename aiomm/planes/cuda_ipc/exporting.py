@@ -81,7 +81,7 @@ class CudaExport(Export):
 
     def forget(self, link: int) -> None:
         """Void the sender's secret, and ask it to close the pool if it is still there."""
-        self._desk.secrets.pop(link, None)
+        self._desk.door.void(link)
         for visitor, importer in self._importers.items():
             if importer.link == link:
                 visitor.say(RETIRE)
@@ -97,11 +97,11 @@ class CudaExport(Export):
         Raises:
             PlaneUnavailable: no sender has such a secret.
         """
-        links = [link for link, known in self._desk.secrets.items() if known == secret]
-        if not links:
+        link = self._desk.door.owner_of(secret)
+        if link is None:
             raise PlaneUnavailable("cuda_ipc: the receiver, in this process, has forgotten us")
         ours, theirs = socket.socketpair(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._locals[ours] = links[0]
+        self._locals[ours] = link
         asyncio.get_running_loop().add_reader(ours.fileno(), self._part, ours)
         return theirs
 

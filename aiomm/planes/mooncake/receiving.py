@@ -7,13 +7,10 @@ receiver itself knows when nothing can land any more, whatever becomes of the se
 from __future__ import annotations
 
 import asyncio
-import hmac
-import logging
-import secrets
 from collections import deque
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import msgspec
 
@@ -23,13 +20,13 @@ from ...buffers.layout import ByteRange
 from ...errors import PlaneUnavailable, ProtocolError
 from ..base import Export, GrantKey
 from ..copying import Copies
+from ..door import Caller, Door
 from ..permits import Permit, Permits
 from .engine import SharedEngine
 from .reads import Target, target_in
 from .wire import (
     ANSWER,
     GREETING,
-    KEY_NBYTES,
     MAGIC,
     Offer,
     Parcel,
@@ -42,12 +39,8 @@ from .wire import (
 
 __all__ = ["MooncakeExport"]
 
-logger = logging.getLogger(__name__)
-
-HANDSHAKE_SECONDS = 5.0
 CLOSING_SECONDS = 5.0
 """How long closing waits for reads. The engine ends them after 2 s without progress."""
-MAX_STRANGERS = 64
 MAX_READS = 4
 """Reads of one connection at once, as many as the engine has lanes to a peer. More would wait
 there, where nothing ends them while a cut off peer is connected to anew."""
@@ -78,17 +71,12 @@ class MooncakeExport(Export):
     ) -> None:
         self.arena = arena
         self.engine = engine
-        self.connections: set[Connection] = set()
-        self.strangers: dict[Connection, None] = {}
-        """Connections that have not shown a key yet, oldest first."""
+        self.door: Door[Connection] = Door("mooncake")
         self.permits = Permits()
-        self.is_closed = False
         self._copies = copies
         self._memory = memory
         self._advertise = advertise
-        self._keys: dict[int, bytes] = {}
         self._reads: dict[GrantKey, set[Reading]] = {}
-        self._has_warned = False
 
     async def listen(self, host: str) -> None:
         """Start to listen.
@@ -105,8 +93,8 @@ class MooncakeExport(Export):
 
     def offer(self, link: int) -> bytes:
         """Return address and key for the sender on `link`; the same each time."""
-        key = self._keys.setdefault(link, secrets.token_bytes(KEY_NBYTES))
-        return msgspec.msgpack.encode(Offer(self._advertise, self._port, link, key))
+        offer = Offer(self._advertise, self._port, link, self.door.secret_of(link))
+        return msgspec.msgpack.encode(offer)
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
         """Read for `grant` into `ranges`, and nowhere else."""
@@ -123,22 +111,15 @@ class MooncakeExport(Export):
 
     def forget(self, link: int) -> None:
         """Void the key and grants of `link` and close its connections."""
-        self._keys.pop(link, None)
         self.permits.withdraw_all(link)
-        for connection in list(self.connections):
-            if connection.link == link:
-                connection.abort()
+        self.door.forget(link)
 
     async def aclose(self) -> None:
         """Stop listening, close every connection, and wait for the reads. Idempotent."""
-        is_first, self.is_closed = not self.is_closed, True
-        self._keys.clear()
+        is_first = not self.door.is_shut
         self.permits.withdraw_all()
         self._server.close()
-        for connection in list(self.connections):
-            connection.abort()
-        if self.connections:
-            await asyncio.wait([connection.lost for connection in self.connections])
+        await self.door.aclose()
         await self._server.wait_closed()
         if not is_first:
             return
@@ -162,16 +143,6 @@ class MooncakeExport(Export):
         reads.discard(read)
         if not reads:
             del self._reads[grant]
-
-    def knows(self, link: int, key: bytes) -> bool:
-        """Whether `key` is the key of `link`; takes the same time for every wrong key."""
-        return hmac.compare_digest(self._keys.get(link, bytes(KEY_NBYTES + 1)), key)
-
-    def complain(self, address: object, about: str) -> None:
-        """Log a misbehaving peer: the first one as a warning, the rest for debugging."""
-        level = logging.DEBUG if self._has_warned else logging.WARNING
-        self._has_warned = True
-        logger.log(level, "mooncake: closed the connection from %s: %s", address, about)
 
 
 class Incoming:
@@ -224,12 +195,11 @@ class Incoming:
         self._has_failed = True
 
 
-class Connection(asyncio.Protocol):
+class Connection(Caller, asyncio.Protocol):
     """One sender's connection: parcels come in, answers go out."""
 
     def __init__(self, export: MooncakeExport) -> None:
-        self.link: int | None = None
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        super().__init__(export.door)
         self._export = export
         self._received = bytearray()
         self._session = ""
@@ -240,17 +210,9 @@ class Connection(asyncio.Protocol):
         self._num_reads = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the deadline of the key."""
-        self._transport = cast("asyncio.Transport", transport)
-        keep_watch(self._transport)
-        self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self.abort)
-        strangers = self._export.strangers
-        strangers[self] = None
-        self._export.connections.add(self)
-        if len(strangers) > MAX_STRANGERS:
-            next(iter(strangers)).abort()
-        if self._export.is_closed:
-            self.abort()
+        """Begin as a stranger, and notice when the other host is cut off."""
+        keep_watch(transport)
+        super().connection_made(transport)
 
     def data_received(self, received: bytes) -> None:
         """Take apart what has come."""
@@ -259,25 +221,17 @@ class Connection(asyncio.Protocol):
             while used := self._take(memoryview(self._received)):
                 del self._received[:used]
         except ProtocolError as exc:
-            self._export.complain(self._transport.get_extra_info("peername"), exc.message)
+            self.complain(exc.message)
             self.abort()
             return
         self._read_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Leave the export; reads that run end by themselves, and tell nobody."""
-        self._leave_strangers()
         self._parcels.clear()
         if self._contact is not None:
             self._contact.cancel()
-        self._export.connections.discard(self)
-        if not self.lost.done():
-            self.lost.set_result(None)
-
-    def abort(self) -> None:
-        """Close at once."""
-        self._leave_strangers()
-        self._transport.abort()
+        super().connection_lost(exc)
 
     def _take(self, received: memoryview) -> int:
         """Use the first bytes of `received` and return how many; 0 when more are needed."""
@@ -299,10 +253,10 @@ class Connection(asyncio.Protocol):
             return parcel.nbytes
 
     def _admit(self, preamble: Preamble) -> None:
-        if not self._export.knows(preamble.link, preamble.key):
+        if not self._door.knows(preamble.link, preamble.key):
             raise ProtocolError("wrong key")
-        self.link, self._session = preamble.link, preamble.session
-        self._leave_strangers()
+        self.let_in(preamble.link)
+        self._session = preamble.session
         self._contact = asyncio.get_running_loop().create_task(self._greet())
 
     async def _greet(self) -> None:
@@ -347,7 +301,3 @@ class Connection(asyncio.Protocol):
                 self._transport.pause_reading()
             else:
                 self._transport.resume_reading()
-
-    def _leave_strangers(self) -> None:
-        self._deadline.cancel()
-        self._export.strangers.pop(self, None)

@@ -25,6 +25,7 @@ from msgspec import Meta
 
 from ...errors import PlaneUnavailable, ProtocolError
 from ..base import GrantKey
+from ..door import SECRET_NBYTES
 
 __all__ = [
     "ANSWER",
@@ -49,7 +50,7 @@ __all__ = [
 
 MAGIC = b"aiommM01"
 """The last two digits are the version."""
-KEY_NBYTES = 16
+KEY_NBYTES = SECRET_NBYTES
 MAX_PIECES = 256
 MAX_SESSION_NBYTES = 300
 MAX_INTEGER = 2**63 - 1

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-import logging
-import secrets
 from collections.abc import Sequence
-from typing import cast
 
 import msgspec
 
@@ -15,11 +11,11 @@ from ...buffers.arena import HostArena
 from ...buffers.layout import ByteRange
 from ...errors import PlaneUnavailable, ProtocolError
 from ..base import Export, GrantKey
+from ..door import Caller, Door
 from ..permits import Permits
 from .progress import Attachment, Attachments, Incoming
 from .sockets import listeners
 from .wire import (
-    KEY_NBYTES,
     MAX_HEADER_NBYTES,
     PREAMBLE,
     REFUSAL,
@@ -33,11 +29,6 @@ from .wire import (
 
 __all__ = ["TcpExport"]
 
-logger = logging.getLogger(__name__)
-
-HANDSHAKE_SECONDS = 5.0
-MAX_STRANGERS = 64
-"""Connections without a key; one more, and the oldest of them is closed."""
 MAX_RECEIVE_NBYTES = 1 << 18
 """At most so many bytes are taken from a socket at once. uvloop reads up to 32 times in one turn
 while the sender keeps up: that is 4 ms of the loop's time with this, and was 6 ms and more with
@@ -52,17 +43,12 @@ class TcpExport(Export):
 
     def __init__(self, arena: HostArena, advertise: str) -> None:
         self.arena = arena
-        self.connections: set[Connection] = set()
-        self.strangers: dict[Connection, None] = {}
-        """Connections that have not shown a key yet, oldest first."""
+        self.door: Door[Connection] = Door("tcp")
         self.permits = Permits()
         self.attachments = Attachments()
-        self.is_closed = False
         self._advertise = advertise
-        self._keys: dict[int, bytes] = {}
         self._servers: list[asyncio.Server] = []
         self._scratch: memoryview | None = None
-        self._has_warned = False
 
     async def listen(self, host: str, port: int) -> None:
         """Start to listen.
@@ -81,8 +67,8 @@ class TcpExport(Export):
 
     def offer(self, link: int) -> bytes:
         """Return address and key for the sender on `link`; the same each time."""
-        key = self._keys.setdefault(link, secrets.token_bytes(KEY_NBYTES))
-        return msgspec.msgpack.encode(Offer(self._advertise, self._port, link, key))
+        offer = Offer(self._advertise, self._port, link, self.door.secret_of(link))
+        return msgspec.msgpack.encode(offer)
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:
         """Let writes under `grant` touch `ranges`, and nothing else."""
@@ -95,37 +81,25 @@ class TcpExport(Export):
 
     def forget(self, link: int) -> None:
         """Void the key and grants of `link` and close its connections."""
-        self._keys.pop(link, None)
         self.permits.withdraw_all(link)
         self.attachments.forget(link)
-        for connection in list(self.connections):
-            if connection.link == link:
-                connection.abort()
+        self.door.forget(link)
 
     async def aclose(self) -> None:
         """Stop listening and close every connection. Idempotent."""
-        self.is_closed = True
-        self._keys.clear()
         self.permits.withdraw_all()
         self.attachments.clear()
         for server in self._servers:
             server.close()
-        for connection in list(self.connections):
-            connection.abort()
-        if self.connections:
-            await asyncio.wait([connection.lost for connection in self.connections])
+        await self.door.aclose()
         for server in self._servers:
             await server.wait_closed()
 
     def supersede(self, newer: Connection) -> None:
         """Cut off whatever else writes for the attachment of `newer`: memory has one owner."""
-        for connection in list(self.connections):
+        for connection in list(self.door.callers):
             if connection is not newer and connection.attached == newer.attached:
                 connection.abort()
-
-    def knows(self, link: int, key: bytes) -> bool:
-        """Whether `key` is the key of `link`; takes the same time for every wrong key."""
-        return hmac.compare_digest(self._keys.get(link, bytes(KEY_NBYTES + 1)), key)
 
     def scratch(self) -> memoryview:
         """Return memory whose content nobody reads, made when it is first needed."""
@@ -133,38 +107,19 @@ class TcpExport(Export):
             self._scratch = memoryview(bytearray(1 << 18))
         return self._scratch
 
-    def complain(self, address: object, about: str) -> None:
-        """Log a misbehaving peer: the first one as a warning, the rest for debugging."""
-        level = logging.DEBUG if self._has_warned else logging.WARNING
-        self._has_warned = True
-        logger.log(level, "tcp: closed the connection from %s: %s", address, about)
 
-
-class Connection(asyncio.BufferedProtocol):
+class Connection(Caller, asyncio.BufferedProtocol):
     """One data connection. The event loop reads into whatever `get_buffer` returns."""
 
     def __init__(self, export: TcpExport) -> None:
-        self.link: int | None = None
+        super().__init__(export.door)
         self.attached: tuple[int, int] | None = None
         """The link and the sender's attachment, once the key was shown."""
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._export = export
         self._head = memoryview(bytearray(max(HEAD_NBYTES, MAX_HEADER_NBYTES)))
         self._filled = 0
         self._attachment = Attachment()
         self._incoming: Incoming | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the deadline of the key."""
-        self._transport = cast("asyncio.Transport", transport)
-        self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self.abort)
-        strangers = self._export.strangers
-        strangers[self] = None
-        self._export.connections.add(self)
-        if len(strangers) > MAX_STRANGERS:
-            next(iter(strangers)).abort()
-        if self._export.is_closed:
-            self.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the arena's bytes that come next, or room for a header."""
@@ -184,15 +139,8 @@ class Connection(asyncio.BufferedProtocol):
         try:
             self._consume()
         except ProtocolError as exc:
-            self._export.complain(self._transport.get_extra_info("peername"), exc.message)
+            self.complain(exc.message)
             self.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Leave the export; a write that was half way may go on over another connection."""
-        self._leave_strangers()
-        self._export.connections.discard(self)
-        if not self.lost.done():
-            self.lost.set_result(None)
 
     def pause_writing(self) -> None:
         """Read nothing from a sender that does not read its statuses."""
@@ -203,10 +151,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.resume_reading()
 
     def abort(self) -> None:
-        """Close at once: nothing more lands."""
-        self._leave_strangers()
+        """Close at once: nothing more lands. A write may go on over another connection."""
         self._incoming = None
-        self._transport.abort()
+        super().abort()
 
     def _consume(self) -> None:
         """Take apart what was read in search of a header."""
@@ -236,11 +183,10 @@ class Connection(asyncio.BufferedProtocol):
         preamble = parse_preamble(received)
         if preamble is None:
             return 0
-        self._leave_strangers()
-        if not self._export.knows(preamble.link, preamble.key):
+        if not self._door.knows(preamble.link, preamble.key):
             self._refuse()
             return PREAMBLE.size
-        self.link = preamble.link
+        self.let_in(preamble.link)
         self.attached = (preamble.link, preamble.attachment)
         self._export.supersede(self)
         self._attachment = self._export.attachments.get(*self.attached)
@@ -249,7 +195,7 @@ class Connection(asyncio.BufferedProtocol):
         return PREAMBLE.size
 
     def _refuse(self) -> None:
-        self._export.complain(self._transport.get_extra_info("peername"), "wrong key")
+        self.complain("wrong key")
         self._transport.write(REFUSAL)
         self._transport.close()
 
@@ -275,7 +221,3 @@ class Connection(asyncio.BufferedProtocol):
         if self._incoming is not None and self._incoming.is_complete:
             self._transport.write(encode_answer(self._attachment.end(self._incoming)))
             self._incoming = None
-
-    def _leave_strangers(self) -> None:
-        self._deadline.cancel()
-        self._export.strangers.pop(self, None)

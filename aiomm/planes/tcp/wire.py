@@ -30,6 +30,7 @@ from msgspec import Meta
 
 from ...errors import PlaneUnavailable, ProtocolError
 from ..base import GrantKey, Run
+from ..door import SECRET_NBYTES
 
 __all__ = [
     "ANSWER",
@@ -60,7 +61,7 @@ __all__ = [
 
 MAGIC = b"aiommT02"
 """The last two digits are the version."""
-KEY_NBYTES = 16
+KEY_NBYTES = SECRET_NBYTES
 MAX_RUNS = 1024
 MAX_ANSWERS = 1024
 """In a greeting."""
