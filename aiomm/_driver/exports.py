@@ -89,14 +89,14 @@ class Exports:
 
     def offers(self, link: int) -> tuple[PlaneOffer, ...]:
         """Return what the sender on `link` needs, and let it write into its probe slot."""
-        slot = self._layout.probe_range(link % self._layout.num_probes)
+        slot = self._layout.probe_range(link)
         for export in self._exports.values():
-            export.permit(GrantKey(link, 0, 0), [slot])
+            export.permit(GrantKey.of_probe(link), [slot])
         return tuple(PlaneOffer(name, export.offer(link)) for name, export in self._exports.items())
 
     def has_arrived(self, link: int, plane: str, nonce: bytes) -> bool:
         """Whether the probe slot of `link` holds `nonce`; if so, the link may use `plane`."""
-        slot = self._layout.probe_range(link % self._layout.num_probes)
+        slot = self._layout.probe_range(link)
         if plane not in self._exports:
             return False
         if bytes(self._arenas[plane].read(slot.start, slot.stop - slot.start)) != nonce:
@@ -157,6 +157,6 @@ class Exports:
     def forget(self, link: int) -> None:
         """Drop what is kept for the sender on `link`, which is gone for good."""
         for export in self._exports.values():
-            export.revoke(GrantKey(link, 0, 0))
+            export.revoke(GrantKey.of_probe(link))
             export.forget(link)
         self._planes_of_link.pop(link, None)

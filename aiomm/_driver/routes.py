@@ -100,8 +100,8 @@ async def _try(
     try:
         nonce = secrets.token_bytes(PROBE_NBYTES)
         rows = TokenRows.of("nonce", _NONCE, nonce)
-        slot = layout.probe_range(link % layout.num_probes)
-        await arena.write(GrantKey(link, 0, 0), [Run(rows, 0, 1, slot.start)])
+        slot = layout.probe_range(link)
+        await arena.write(GrantKey.of_probe(link), [Run(rows, 0, 1, slot.start)])
         if not await probe(plane.name, nonce):
             raise PlaneUnavailable("what was written did not arrive in the receiver's pool")
     except BaseException:

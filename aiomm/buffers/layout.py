@@ -31,7 +31,7 @@ class Layout:
     Args:
         schema: the receiver's schema; its order is the order in the arena.
         num_tokens: tokens of the whole pool.
-        num_probes: probe slots, one per peer.
+        num_probes: probe slots, one for each of as many links as can stand at once.
     """
 
     def __init__(self, schema: Schema, num_tokens: int, num_probes: int) -> None:
@@ -54,7 +54,7 @@ class Layout:
         offset, row = self.offsets[name], self.schema[name].row_nbytes
         return ByteRange(offset + extent.start * row, offset + extent.stop * row)
 
-    def probe_range(self, slot: int) -> ByteRange:
-        """Return the bytes of probe slot `slot`."""
-        start = self._probes + slot * PROBE_NBYTES
+    def probe_range(self, link: int) -> ByteRange:
+        """Return the bytes of the probe slot of the receiver's link number `link`."""
+        start = self._probes + link % self.num_probes * PROBE_NBYTES
         return ByteRange(start, start + PROBE_NBYTES)

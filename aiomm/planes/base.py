@@ -46,7 +46,18 @@ class GrantKey(NamedTuple):
     Each of its links has another, counted from 1; its Hello tells the sender.
     """
     generation: int
+    """Of the transfer, counted by its sender from 1."""
     sequence: int
+
+    @classmethod
+    def of_probe(cls, link: int) -> Self:
+        """Return the grant under which the sender on `link` tries the plane, of no transfer."""
+        return cls(link, 0, 0)
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it is that grant."""
+        return self == self.of_probe(self.link)
 
 
 class Run(msgspec.Struct, frozen=True):

@@ -161,7 +161,7 @@ class _MemoryArena(RemoteArena):
         permit = self._export.permits.get(grant._replace(link=self._link))
         if full and not (permit and all(permit.covers(run.offset, run.nbytes) for run in full)):
             raise PlaneUnavailable("memory: the receiver has not granted these bytes")
-        if (grant.generation, grant.sequence) == (0, 0):
+        if grant.is_probe:
             self._copy(full)
             return
         self._faults.num_writes += 1

@@ -16,7 +16,7 @@ import pytest
 
 from aiomm.buffers import mapping
 from aiomm.buffers.arena import HostArena
-from aiomm.buffers.layout import ALIGNMENT, Layout
+from aiomm.buffers.layout import ALIGNMENT, PROBE_NBYTES, Layout
 from aiomm.buffers.shm import MemfdArena, map_peer
 from aiomm.errors import PlaneUnavailable, PoolClosed
 from aiomm.types import Extent, Field, Schema
@@ -205,12 +205,19 @@ class TestLayout:
         whole = Extent(0, 1000)
         ranges = [layout.field_range(name, whole) for name in self.SCHEMA]
         assert [stop - start for start, stop in ranges] == [6000, 1000, 32000]
-        ranges += [layout.probe_range(slot) for slot in range(3)]
+        ranges += [layout.probe_range(link) for link in range(3)]
         for before, after in itertools.pairwise(ranges):
             assert before.stop <= after.start
         assert ranges[-1].stop <= layout.nbytes
         assert layout.nbytes % ALIGNMENT == 0
         assert all(offset % ALIGNMENT == 0 for offset in layout.offsets.values())
+
+    def test_links_take_the_probe_slots_in_turn(self) -> None:
+        layout = Layout(self.SCHEMA, 1000, num_probes=3)
+        slots = [layout.probe_range(link) for link in range(1, 7)]
+        assert slots[:3] == slots[3:]
+        assert len(set(slots)) == 3
+        assert {stop - start for start, stop in slots} == {PROBE_NBYTES}
 
     def test_an_extent_is_one_run_of_bytes_per_field(self) -> None:
         layout = Layout(self.SCHEMA, 1000, num_probes=0)

@@ -77,7 +77,7 @@ class TestMemoryPlane(PlaneContract):
 
     async def test_a_probe_neither_counts_nor_fails(self, link: Link) -> None:
         self.faults.fail_at = 1
-        await link.write([whole(TENSOR, 0)], GrantKey(LINK, 0, 0))
+        await link.write([whole(TENSOR, 0)], GrantKey.of_probe(LINK))
         assert self.faults.num_writes == 0
         with pytest.raises(PlaneUnavailable, match="write 1"):
             await link.write([whole(TENSOR, 0)])

@@ -13,6 +13,14 @@ from aiomm.planes.permits import Permit, Permits
 GRANT = GrantKey(1, 2, 3)
 
 
+def test_the_grant_of_a_probe_is_no_transfers() -> None:
+    probe = GrantKey.of_probe(7)
+    assert (probe.link, probe.is_probe) == (7, True)
+    assert GrantKey.of_probe(8) != probe
+    assert not GRANT.is_probe
+    assert not GrantKey(7, 1, 0).is_probe
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_covers_what_a_set_of_bytes_says(seed: int) -> None:
     chance = random.Random(seed)
