@@ -23,7 +23,7 @@ from ..errors import PlaneUnavailable
 from ..processes import peer_credentials
 from .door import SECRET_NBYTES, Caller, Door
 
-__all__ = ["Desk", "Invitation", "Received", "Visitor", "redeem"]
+__all__ = ["Desk", "HandedOver", "Invitation", "Visitor", "collect"]
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Visitor(Caller, asyncio.Protocol):
         self.abort()
 
 
-class Received(NamedTuple):
+class HandedOver(NamedTuple):
     """What a sender was handed."""
 
     connection: socket.socket
@@ -181,7 +181,7 @@ class Received(NamedTuple):
     descriptors: list[int]
 
 
-async def redeem(plane: str, invitation: Invitation, nbytes: int, num_fds: int) -> Received:
+async def collect(plane: str, invitation: Invitation, nbytes: int, num_fds: int) -> HandedOver:
     """Show the secret of an invitation; return what is handed over, which the caller closes.
 
     Args:
@@ -203,7 +203,7 @@ async def redeem(plane: str, invitation: Invitation, nbytes: int, num_fds: int) 
                 raise PlaneUnavailable(f"{plane}: the receiver runs as another user")
             await loop.sock_sendall(connection, invitation.secret)
             await _readable(connection)
-        return Received(connection, *_take(plane, connection, nbytes, num_fds))
+        return HandedOver(connection, *_take(plane, connection, nbytes, num_fds))
     except OSError as exc:
         connection.close()
         raise PlaneUnavailable(f"{plane}: {_explain(exc)}") from exc

@@ -26,14 +26,14 @@ from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
 from .copying import MAX_THREADS, PIECE_NBYTES, Copies, CopyThreads, LoopCopies, check_runs
-from .handover import Desk, Invitation, redeem
+from .handover import Desk, Invitation, collect
 
 __all__ = ["ShmPlane"]
 
 ACCEPTED = b"\x01"
 
 
-class _Offer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
+class _ShmOffer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
     invitation: Invitation
     nbytes: Annotated[int, Meta(ge=1)]
 
@@ -88,10 +88,10 @@ class ShmPlane(Plane):
         if reason is not None:
             raise PlaneUnavailable(f"shm: {reason}")
         try:
-            decoded = msgspec.msgpack.decode(offer, type=_Offer)
+            decoded = msgspec.msgpack.decode(offer, type=_ShmOffer)
         except (msgspec.MsgspecError, RecursionError) as exc:
             raise PlaneUnavailable(f"shm: not an offer: {exc}") from exc
-        connection, _, descriptors = await redeem(self.name, decoded.invitation, len(ACCEPTED), 1)
+        connection, _, descriptors = await collect(self.name, decoded.invitation, len(ACCEPTED), 1)
         copies = Copies(self._threads, self._loop_copies)
         try:
             memory = await copies.run(partial(_map, descriptors[0], decoded.nbytes))
@@ -108,7 +108,7 @@ class _ShmExport(Export):
         self.desk = Desk("shm", lambda _: (ACCEPTED, [self.arena.fd]))
 
     def offer(self, link: int) -> bytes:
-        return msgspec.msgpack.encode(_Offer(self.desk.invite(link), self.arena.nbytes))
+        return msgspec.msgpack.encode(_ShmOffer(self.desk.invite(link), self.arena.nbytes))
 
     def forget(self, link: int) -> None:
         self.desk.forget(link)

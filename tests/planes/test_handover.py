@@ -17,7 +17,7 @@ import pytest
 
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes import door, handover
-from aiomm.planes.handover import Desk, Invitation, Received, Visitor, redeem
+from aiomm.planes.handover import Desk, HandedOver, Invitation, Visitor, collect
 
 pytestmark = [pytest.mark.both_loops, pytest.mark.usefixtures("no_leaks")]
 
@@ -53,8 +53,8 @@ async def desk() -> AsyncIterator[Desk]:
         yield desk
 
 
-async def take(invitation: Invitation, num_fds: int = 0) -> Received:
-    return await redeem("plane", invitation, len(MESSAGE), num_fds)
+async def take(invitation: Invitation, num_fds: int = 0) -> HandedOver:
+    return await collect("plane", invitation, len(MESSAGE), num_fds)
 
 
 async def end_of(connection: socket.socket) -> bool:
@@ -273,8 +273,8 @@ class TestStrangers:
         assert "refused somebody unknown ([Errno 24] Too many open files)" in caplog.text
 
 
-def redeem_as_nobody(pipe: Connection) -> None:
-    """Become another user, and tell why an invitation cannot be redeemed."""
+def collect_as_nobody(pipe: Connection) -> None:
+    """Become another user, and tell why an invitation cannot be used."""
     os.setuid(NOBODY)
 
     async def run() -> str:
@@ -282,7 +282,7 @@ def redeem_as_nobody(pipe: Connection) -> None:
             await take(pipe.recv())
         except PlaneUnavailable as exc:
             return str(exc)
-        return "redeemed"
+        return "collected"
 
     pipe.send(asyncio.run(run()))
 
@@ -291,7 +291,7 @@ def redeem_as_nobody(pipe: Connection) -> None:
 async def test_a_sender_trusts_no_receiver_of_another_user(desk: Desk) -> None:
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=redeem_as_nobody, args=(theirs,), daemon=True)
+    process = context.Process(target=collect_as_nobody, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
     ours.send(desk.invite(LINK))

@@ -138,7 +138,7 @@ async def impostor(greeting: bytes, answer: bytes = b"") -> AsyncIterator[bytes]
 
     server = await asyncio.start_server(speak, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    yield msgspec.msgpack.encode(wire.Offer("127.0.0.1", port, LINK, bytes(16)))
+    yield msgspec.msgpack.encode(wire.TcpOffer("127.0.0.1", port, LINK, bytes(16)))
     await has_spoken.wait()
     server.close()
     await server.wait_closed()
@@ -307,7 +307,7 @@ class TestTcpPlane(PlaneContract):
     async def test_a_wrong_key_is_refused(self, link: Link) -> None:
         offer = wire.decode_offer(link.export.offer(LINK))
         for number, key in ((LINK, bytes(16)), (LINK + 1, offer.key), (LINK + 1, bytes(16))):
-            wrong = msgspec.msgpack.encode(wire.Offer(offer.host, offer.port, number, key))
+            wrong = msgspec.msgpack.encode(wire.TcpOffer(offer.host, offer.port, number, key))
             with pytest.raises(PlaneUnavailable, match="refuses"):
                 await link.plane.attach(wrong)
 
@@ -540,7 +540,7 @@ class TestTcpPlane(PlaneContract):
         monkeypatch.setattr(connecting, "CONNECT_SECONDS", 0.02)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-            offer = msgspec.msgpack.encode(wire.Offer("127.0.0.1", port, LINK, bytes(16)))
+            offer = msgspec.msgpack.encode(wire.TcpOffer("127.0.0.1", port, LINK, bytes(16)))
             with pytest.raises(PlaneUnavailable, match="silent"):
                 await TcpPlane().attach(offer)
 
@@ -589,9 +589,9 @@ class TestTcpPlane(PlaneContract):
         async with impostor(b"220 smtp.example.org ESMTP ready\r\n") as other:
             places = [("127.0.0.1", wire.decode_offer(other).port), ("127.0.0.1", offer.port)]
 
-            async def resolve(host: str, port: int) -> list[sockets.Endpoint]:
+            async def resolve(host: str, port: int) -> list[sockets.SocketAddress]:
                 assert (host, port) == ("both.example", offer.port)
-                return [sockets.Endpoint(socket.AF_INET, place) for place in places]
+                return [sockets.SocketAddress(socket.AF_INET, place) for place in places]
 
             monkeypatch.setattr(sending, "resolve", resolve)
             remote = await TcpPlane().attach(export.offer(LINK))

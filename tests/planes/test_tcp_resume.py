@@ -168,7 +168,7 @@ async def cabled(
     server = await asyncio.start_server(cable.accept, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     remote = await plane.attach(
-        msgspec.msgpack.encode(wire.Offer(offer.host, port, LINK, offer.key))
+        msgspec.msgpack.encode(wire.TcpOffer(offer.host, port, LINK, offer.key))
     )
     link = Link(plane, arena, export, remote)
     try:

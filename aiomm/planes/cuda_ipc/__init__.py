@@ -20,7 +20,7 @@ from ...gpu.choice import gpu_runtime, is_in_use
 from ...gpu.runtime import HANDLE_NBYTES, GpuError, GpuRuntime, explained
 from ..base import Export, Place, Plane, RemoteArena
 from ..copying import Copies, CopyThreads
-from ..handover import redeem
+from ..handover import collect
 from .exporting import CudaExport, exported_here
 from .mappings import Pool
 from .sending import RemotePool
@@ -95,7 +95,7 @@ class CudaIpcPlane(Plane):
             local = exported_here(decoded)
             if local is None:
                 invitation = decoded.invitation
-                connection, handle, _ = await redeem(self.name, invitation, HANDLE_NBYTES, 0)
+                connection, handle, _ = await collect(self.name, invitation, HANDLE_NBYTES, 0)
                 pool = Pool(runtime, decoded, handle=handle)
             else:
                 connection = local.visit(decoded.invitation.secret)

@@ -18,7 +18,7 @@ from ...gpu.runtime import GpuError, explained
 from ...processes import ProcessWatch, peer_pidfd
 from ..base import Export
 from ..handover import Desk, Visitor
-from .wire import CLOSED, EPOCH_NBYTES, RETIRE, Offer
+from .wire import CLOSED, EPOCH_NBYTES, RETIRE, CudaIpcOffer
 
 __all__ = ["CudaExport", "exported_here"]
 
@@ -76,7 +76,7 @@ class CudaExport(Export):
     def offer(self, link: int) -> bytes:
         """Return where the sender on `link` gets the handle; the same each time."""
         invitation = self._desk.invite(link)
-        offer = Offer(invitation, _own_process(), self._epoch, self._uuid, self._nbytes)
+        offer = CudaIpcOffer(invitation, _own_process(), self._epoch, self._uuid, self._nbytes)
         return msgspec.msgpack.encode(offer)
 
     def forget(self, link: int) -> None:
@@ -171,7 +171,7 @@ class _Importer:
         return f"the sender on link {self.link:x}"
 
 
-def exported_here(offer: Offer) -> CudaExport | None:
+def exported_here(offer: CudaIpcOffer) -> CudaExport | None:
     """Return the export behind an offer if this very process has made it.
 
     Raises:

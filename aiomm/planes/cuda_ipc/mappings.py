@@ -11,7 +11,7 @@ import threading
 
 from ...gpu.memory import DeviceMemory
 from ...gpu.runtime import GpuError, GpuRuntime, explained
-from .wire import Offer
+from .wire import CudaIpcOffer
 
 __all__ = ["Pool"]
 
@@ -42,7 +42,7 @@ class Pool:
     def __init__(
         self,
         runtime: GpuRuntime,
-        offer: Offer,
+        offer: CudaIpcOffer,
         *,
         handle: bytes = b"",
         local: DeviceMemory | None = None,

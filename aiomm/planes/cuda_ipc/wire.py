@@ -11,7 +11,7 @@ from ...errors import PlaneUnavailable
 from ...gpu.runtime import UUID_NBYTES
 from ..handover import Invitation
 
-__all__ = ["CLOSED", "EPOCH_NBYTES", "RETIRE", "Offer", "decode_offer"]
+__all__ = ["CLOSED", "EPOCH_NBYTES", "RETIRE", "CudaIpcOffer", "decode_offer"]
 
 EPOCH_NBYTES = 16
 RETIRE = b"R"
@@ -20,7 +20,7 @@ CLOSED = b"C"
 """Sender: it is closed here, and nothing of this process can land there any more."""
 
 
-class Offer(msgspec.Struct, frozen=True, array_like=True, tag="cuda_ipc"):
+class CudaIpcOffer(msgspec.Struct, frozen=True, array_like=True, tag="cuda_ipc"):
     """One pool, for one sender."""
 
     invitation: Invitation
@@ -33,13 +33,13 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, tag="cuda_ipc"):
     nbytes: Annotated[int, Meta(ge=1)]
 
 
-def decode_offer(offer: bytes) -> Offer:
+def decode_offer(offer: bytes) -> CudaIpcOffer:
     """Return what an offer says.
 
     Raises:
         PlaneUnavailable: it says nothing.
     """
     try:
-        return msgspec.msgpack.decode(offer, type=Offer)
+        return msgspec.msgpack.decode(offer, type=CudaIpcOffer)
     except (msgspec.MsgspecError, RecursionError) as exc:
         raise PlaneUnavailable(f"cuda_ipc: not an offer: {exc}") from exc

@@ -28,7 +28,7 @@ from .wire import (
     ANSWER,
     GREETING,
     MAGIC,
-    Offer,
+    MooncakeOffer,
     Parcel,
     Preamble,
     Status,
@@ -93,7 +93,7 @@ class MooncakeExport(Export):
 
     def offer(self, link: int) -> bytes:
         """Return address and key for the sender on `link`; the same each time."""
-        offer = Offer(self._advertise, self._port, link, self.door.secret_of(link))
+        offer = MooncakeOffer(self._advertise, self._port, link, self.door.secret_of(link))
         return msgspec.msgpack.encode(offer)
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:

@@ -23,7 +23,7 @@ from .wire import (
     ANSWER,
     MAX_PIECES,
     Greeting,
-    Offer,
+    MooncakeOffer,
     Piece,
     Status,
     encode_parcel,
@@ -49,10 +49,10 @@ STATUS_TEXTS = {
 }
 
 
-class Copy(NamedTuple):
+class SlotFill(NamedTuple):
     """Bytes that go into a slot and from there to the arena's bytes from `offset` on."""
 
-    fill: Callable[[memoryview], None]
+    copy_into: Callable[[memoryview], None]
     nbytes: int
     offset: int
     is_dense: bool
@@ -63,7 +63,7 @@ class MooncakeArena(RemoteArena):
 
     def __init__(
         self,
-        offer: Offer,
+        offer: MooncakeOffer,
         connection: OrderConnection,
         outlet: Outlet,
         let_go: Callable[[], Awaitable[None]],
@@ -128,7 +128,7 @@ class MooncakeArena(RemoteArena):
             await _ready(run for run in runs if _direct(run, self._outlet.is_registered))
             direct = _grouped(_direct_pieces(runs, self._outlet.is_registered))
             answers += [connection.order(grant, pieces) for pieces in direct]
-            for parcel in _parcels(_copies(runs, self._outlet.is_registered)):
+            for parcel in _parcels(_slot_fills(runs, self._outlet.is_registered)):
                 if any(answer.done() and _error(answer) is not None for answer in answers):
                     break
                 answer = await self._stage(connection, grant, parcel)
@@ -142,7 +142,7 @@ class MooncakeArena(RemoteArena):
                 raise error
 
     async def _stage(
-        self, connection: OrderConnection, grant: GrantKey, parcel: Sequence[Copy]
+        self, connection: OrderConnection, grant: GrantKey, parcel: Sequence[SlotFill]
     ) -> asyncio.Future[Status]:
         """Copy one parcel into a slot, which is free again when the receiver has answered."""
         staging = self._outlet.staging
@@ -249,7 +249,7 @@ class OrderConnection(asyncio.Protocol):
             self._unanswered.pop(number).set_result(Status(status))
 
 
-async def connect(offer: Offer) -> OrderConnection:
+async def connect(offer: MooncakeOffer) -> OrderConnection:
     """Connect to the receiver behind `offer`.
 
     Raises:
@@ -267,7 +267,9 @@ async def connect(offer: Offer) -> OrderConnection:
     return connection
 
 
-async def greeted(connection: OrderConnection, offer: Offer, session: str) -> OrderConnection:
+async def greeted(
+    connection: OrderConnection, offer: MooncakeOffer, session: str
+) -> OrderConnection:
     """Show the offer's key, and return the connection once the receiver reaches our engine.
 
     Raises:
@@ -338,45 +340,47 @@ def _grouped(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def _copies(runs: Sequence[Run], is_registered: Callable[[int, int], bool]) -> Iterator[Copy]:
-    """Cut what is not registered into copies that fit into a slot each."""
+def _slot_fills(
+    runs: Sequence[Run], is_registered: Callable[[int, int], bool]
+) -> Iterator[SlotFill]:
+    """Cut what is not registered into pieces that fit into a slot each."""
     for run in runs:
         if _direct(run, is_registered) is not None:
             continue
         dense = run.rows.view(run.first, run.count)
         if dense is not None:
-            yield from _dense_copies(dense, run.rows.address(run.first), run.offset)
+            yield from _dense_fills(dense, run.rows.address(run.first), run.offset)
         elif run.rows.row_nbytes <= SLOT_NBYTES:
-            yield from _packed_copies(run)
+            yield from _packed_fills(run)
         else:
-            yield from _split_copies(run)
+            yield from _split_fills(run)
 
 
-def _dense_copies(dense: memoryview, address: int | None, offset: int) -> Iterator[Copy]:
+def _dense_fills(dense: memoryview, address: int | None, offset: int) -> Iterator[SlotFill]:
     for start in range(0, len(dense), SLOT_NBYTES):
         part = dense[start : start + SLOT_NBYTES]
         at = None if address is None else address + start
-        yield Copy(partial(_copy_dense, part, at), len(part), offset + start, is_dense=True)
+        yield SlotFill(partial(_copy_dense, part, at), len(part), offset + start, is_dense=True)
 
 
 def _copy_dense(source: memoryview, address: int | None, target: memoryview) -> None:
     copy_bytes(target, source, address)
 
 
-def _packed_copies(run: Run) -> Iterator[Copy]:
+def _packed_fills(run: Run) -> Iterator[SlotFill]:
     row = run.rows.row_nbytes
     step = SLOT_NBYTES // row
     for done in range(0, run.count, step):
         count = min(step, run.count - done)
         pack = partial(_pack, run, run.first + done, count)
-        yield Copy(pack, count * row, run.offset + done * row, is_dense=False)
+        yield SlotFill(pack, count * row, run.offset + done * row, is_dense=False)
 
 
 def _pack(run: Run, first: int, count: int, target: memoryview) -> None:
     run.rows.copy_into(target, first, count)
 
 
-def _split_copies(run: Run) -> Iterator[Copy]:
+def _split_fills(run: Run) -> Iterator[SlotFill]:
     """Rows longer than a slot that are not dense: each is packed once, when its turn comes."""
     row = run.rows.row_nbytes
     for index in range(run.count):
@@ -384,7 +388,7 @@ def _split_copies(run: Run) -> Iterator[Copy]:
         for start in range(0, row, SLOT_NBYTES):
             nbytes = min(SLOT_NBYTES, row - start)
             split = partial(_split, run, run.first + index, packed, start)
-            yield Copy(split, nbytes, run.offset + index * row + start, is_dense=False)
+            yield SlotFill(split, nbytes, run.offset + index * row + start, is_dense=False)
 
 
 def _split(run: Run, index: int, packed: list[memoryview], start: int, target: memoryview) -> None:
@@ -394,41 +398,41 @@ def _split(run: Run, index: int, packed: list[memoryview], start: int, target: m
     copy_bytes(target, packed[0][start : start + len(target)])
 
 
-def _parcels(copies: Iterator[Copy]) -> Iterator[list[Copy]]:
-    """Put copies together that share a slot."""
-    parcel: list[Copy] = []
+def _parcels(fills: Iterator[SlotFill]) -> Iterator[list[SlotFill]]:
+    """Put those together that share a slot."""
+    parcel: list[SlotFill] = []
     nbytes = 0
-    for copy in copies:
-        if parcel and (nbytes + copy.nbytes > SLOT_NBYTES or len(parcel) == MAX_PIECES):
+    for fill in fills:
+        if parcel and (nbytes + fill.nbytes > SLOT_NBYTES or len(parcel) == MAX_PIECES):
             yield parcel
             parcel, nbytes = [], 0
-        parcel.append(copy)
-        nbytes += copy.nbytes
+        parcel.append(fill)
+        nbytes += fill.nbytes
     if parcel:
         yield parcel
 
 
-def _is_quick(parcel: Sequence[Copy]) -> bool:
-    """Whether the copies take less than a hand-over to a thread."""
-    nbytes = sum(copy.nbytes for copy in parcel)
-    limit = INLINE_NBYTES if all(copy.is_dense for copy in parcel) else INLINE_PACKED_NBYTES
+def _is_quick(parcel: Sequence[SlotFill]) -> bool:
+    """Whether to fill a slot so takes less than a hand-over to a thread."""
+    nbytes = sum(fill.nbytes for fill in parcel)
+    limit = INLINE_NBYTES if all(fill.is_dense for fill in parcel) else INLINE_PACKED_NBYTES
     return nbytes <= limit and len(parcel) <= INLINE_COPIES
 
 
-def _fill(slot: Slot, parcel: Sequence[Copy]) -> None:
+def _fill(slot: Slot, parcel: Sequence[SlotFill]) -> None:
     start = 0
-    for copy in parcel:
-        copy.fill(slot.memory[start : start + copy.nbytes])
-        start += copy.nbytes
+    for fill in parcel:
+        fill.copy_into(slot.memory[start : start + fill.nbytes])
+        start += fill.nbytes
 
 
-def _pieces(slot: Slot, parcel: Sequence[Copy]) -> list[Piece]:
-    """Say where each copy stands."""
+def _pieces(slot: Slot, parcel: Sequence[SlotFill]) -> list[Piece]:
+    """Say where each of them stands."""
     pieces = []
     address = slot.address
-    for copy in parcel:
-        pieces.append(Piece(address, copy.offset, copy.nbytes))
-        address += copy.nbytes
+    for fill in parcel:
+        pieces.append(Piece(address, fill.offset, fill.nbytes))
+        address += fill.nbytes
     return pieces
 
 

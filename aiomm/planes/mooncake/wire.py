@@ -34,7 +34,7 @@ __all__ = [
     "MAGIC",
     "MAX_PIECES",
     "Greeting",
-    "Offer",
+    "MooncakeOffer",
     "Parcel",
     "Piece",
     "Preamble",
@@ -71,7 +71,7 @@ class Status(IntEnum):
     FAILED = 3
 
 
-class Offer(msgspec.Struct, frozen=True, array_like=True, tag="mooncake"):
+class MooncakeOffer(msgspec.Struct, frozen=True, array_like=True, tag="mooncake"):
     """Where the receiver listens for one sender, and what that sender must show."""
 
     host: Annotated[str, Meta(min_length=1, max_length=255)]
@@ -131,19 +131,19 @@ def keep_watch(transport: asyncio.BaseTransport) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def decode_offer(encoded: bytes) -> Offer:
+def decode_offer(encoded: bytes) -> MooncakeOffer:
     """Read an offer.
 
     Raises:
         PlaneUnavailable: it is none of ours.
     """
     try:
-        return msgspec.msgpack.decode(encoded, type=Offer)
+        return msgspec.msgpack.decode(encoded, type=MooncakeOffer)
     except (msgspec.MsgspecError, RecursionError) as exc:
         raise PlaneUnavailable(f"mooncake: not an offer: {exc}") from exc
 
 
-def encode_preamble(offer: Offer, session: str) -> bytes:
+def encode_preamble(offer: MooncakeOffer, session: str) -> bytes:
     """Return what a sender says first."""
     name = session.encode()
     return PREAMBLE.pack(MAGIC, offer.link, offer.key, len(name)) + name

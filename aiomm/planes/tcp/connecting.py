@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...errors import PlaneUnavailable
-from .sockets import Endpoint, configure, configure_connected
+from .sockets import SocketAddress, configure, configure_connected
 from .wire import (
     ANSWER,
     GREETING,
     Answer,
-    Offer,
+    TcpOffer,
     encode_preamble,
     parse_answers,
     parse_greeting,
@@ -30,7 +30,7 @@ class Welcome(NamedTuple):
     """What comes of a connection that the receiver accepts."""
 
     connection: socket.socket
-    endpoint: Endpoint
+    address: SocketAddress
     """Where the receiver was reached."""
     arena_nbytes: int
     answers: list[Answer]
@@ -38,13 +38,13 @@ class Welcome(NamedTuple):
 
 
 async def connect(
-    offer: Offer, endpoints: Sequence[Endpoint], *, attachment: int, oldest: int
+    offer: TcpOffer, addresses: Sequence[SocketAddress], *, attachment: int, oldest: int
 ) -> Welcome:
-    """Connect to the receiver behind `offer`, at the first of `endpoints` where it is.
+    """Connect to the receiver behind `offer`, at the first of `addresses` where it is.
 
     Args:
         offer: the receiver's.
-        endpoints: what the offer's host stands for.
+        addresses: what the offer's host stands for.
         attachment: the sender's number for the connections that follow each other.
         oldest: the first write that it has no answer for.
 
@@ -54,10 +54,10 @@ async def connect(
     """
     preamble = encode_preamble(offer, attachment, oldest)
     error: OSError | PlaneUnavailable = OSError(f"no address for {offer.host!r}")
-    for endpoint in endpoints:
+    for address in addresses:
         try:
-            async with asyncio.timeout(CONNECT_SECONDS / len(endpoints)):
-                return await _connect_to(endpoint, preamble)
+            async with asyncio.timeout(CONNECT_SECONDS / len(addresses)):
+                return await _connect_to(address, preamble)
         except ConnectionRefusedError as exc:
             error = PlaneUnavailable(f"tcp: nobody listens at {offer.host} port {offer.port}")
             error.__cause__ = exc
@@ -68,26 +68,26 @@ async def connect(
     raise error
 
 
-async def _connect_to(endpoint: Endpoint, preamble: bytes) -> Welcome:
-    connection = socket.socket(endpoint.family, socket.SOCK_STREAM)
+async def _connect_to(address: SocketAddress, preamble: bytes) -> Welcome:
+    connection = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
         configure(connection)
         loop = asyncio.get_running_loop()
-        await _establish(connection, endpoint)
+        await _establish(connection, address)
         configure_connected(connection)
         await loop.sock_sendall(connection, preamble)
         greeting = parse_greeting(await _receive(connection, GREETING.size))
         answers = parse_answers(await _receive(connection, greeting.num_answers * ANSWER.size))
-        return Welcome(connection, endpoint, greeting.arena_nbytes, answers)
+        return Welcome(connection, address, greeting.arena_nbytes, answers)
     except BaseException:
         connection.close()
         raise
 
 
-async def _establish(connection: socket.socket, endpoint: Endpoint) -> None:
+async def _establish(connection: socket.socket, address: SocketAddress) -> None:
     """Do what `loop.sock_connect` does; that of uvloop forgets the interface of an address."""
-    code = connection.connect_ex(endpoint.address)
+    code = connection.connect_ex(address.host_and_port)
     if code == errno.EINPROGRESS:
         loop = asyncio.get_running_loop()
         writable = asyncio.Event()

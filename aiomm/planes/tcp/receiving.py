@@ -19,8 +19,8 @@ from .wire import (
     MAX_HEADER_NBYTES,
     PREAMBLE,
     REFUSAL,
-    Offer,
     Status,
+    TcpOffer,
     encode_answer,
     encode_greeting,
     parse_header,
@@ -67,7 +67,7 @@ class TcpExport(Export):
 
     def offer(self, link: int) -> bytes:
         """Return address and key for the sender on `link`; the same each time."""
-        offer = Offer(self._advertise, self._port, link, self.door.secret_of(link))
+        offer = TcpOffer(self._advertise, self._port, link, self.door.secret_of(link))
         return msgspec.msgpack.encode(offer)
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:

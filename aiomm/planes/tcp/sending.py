@@ -14,7 +14,7 @@ from ..copying import Copies, CopyThreads, check_runs
 from .connecting import Welcome, connect
 from .connection import DataConnection, Write
 from .sockets import LOST_SECONDS, resolve
-from .wire import MAX_RUNS, Offer, Status
+from .wire import MAX_RUNS, Status, TcpOffer
 
 __all__ = ["TcpArena"]
 
@@ -38,11 +38,11 @@ class TcpArena(RemoteArena):
     """
 
     def __init__(
-        self, offer: Offer, attachment: int, welcome: Welcome, threads: CopyThreads
+        self, offer: TcpOffer, attachment: int, welcome: Welcome, threads: CopyThreads
     ) -> None:
         self._offer = offer
         self._attachment = attachment
-        self._endpoint = welcome.endpoint
+        self._address = welcome.address
         self._arena_nbytes = welcome.arena_nbytes
         self._connection = DataConnection(welcome.connection)
         self._copies = Copies(threads)
@@ -57,7 +57,7 @@ class TcpArena(RemoteArena):
         """When a connection broke, if no byte has landed since then."""
 
     @classmethod
-    async def attach(cls, offer: Offer, threads: CopyThreads) -> TcpArena:
+    async def attach(cls, offer: TcpOffer, threads: CopyThreads) -> TcpArena:
         """Connect to the receiver behind `offer`.
 
         Raises:
@@ -65,8 +65,8 @@ class TcpArena(RemoteArena):
         """
         attachment = secrets.randbits(64)
         try:
-            endpoints = await resolve(offer.host, offer.port)
-            welcome = await connect(offer, endpoints, attachment=attachment, oldest=0)
+            addresses = await resolve(offer.host, offer.port)
+            welcome = await connect(offer, addresses, attachment=attachment, oldest=0)
         except OSError as exc:
             where = f"{offer.host} port {offer.port}"
             raise PlaneUnavailable(f"tcp: {where} cannot be reached: {exc}") from exc
@@ -145,7 +145,7 @@ class TcpArena(RemoteArena):
             try:
                 welcome = await connect(
                     self._offer,
-                    [self._endpoint],
+                    [self._address],
                     attachment=self._attachment,
                     oldest=min(self._unanswered, default=0),
                 )

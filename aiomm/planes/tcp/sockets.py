@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "LOST_SECONDS",
-    "Endpoint",
+    "SocketAddress",
     "configure",
     "configure_connected",
     "is_wildcard",
@@ -34,12 +34,12 @@ TCP_RTO_MAX_MS = 44
 """Python has no name for it."""
 
 
-class Endpoint(NamedTuple):
+class SocketAddress(NamedTuple):
     """One address of a host, and a port, in the form that sockets take."""
 
     family: int
-    address: tuple[Any, ...]
-    """Host and port, for IPv6 perhaps with flow and scope."""
+    host_and_port: tuple[Any, ...]
+    """For IPv6 perhaps with flow and scope behind them."""
 
 
 def is_wildcard(host: str) -> bool:
@@ -52,7 +52,7 @@ def is_wildcard(host: str) -> bool:
     return address.is_unspecified or (mapped is not None and mapped.is_unspecified)
 
 
-async def resolve(host: str, port: int) -> list[Endpoint]:
+async def resolve(host: str, port: int) -> list[SocketAddress]:
     """Return the addresses of `host`; one that is a number needs neither name server nor thread.
 
     A link-local address names the interface as this host calls it: `fe80::1%eth0`.
@@ -64,7 +64,7 @@ async def resolve(host: str, port: int) -> list[Endpoint]:
     if numeric is not None:
         return [numeric]
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(Endpoint(family, address) for family, _, _, _, address in found))
+    return list(dict.fromkeys(SocketAddress(family, at) for family, _, _, _, at in found))
 
 
 async def listeners(host: str, port: int) -> list[socket.socket]:
@@ -78,10 +78,10 @@ async def listeners(host: str, port: int) -> list[socket.socket]:
     """
     listening: list[socket.socket] = []
     error = OSError(f"no address for {host!r}")
-    for endpoint in await _bindable(host, port):
+    for address in await _bindable(host, port):
         chosen = listening[0].getsockname()[1] if listening else port
         try:
-            listening.append(_listen(endpoint, chosen))
+            listening.append(_listen(address, chosen))
         except OSError as exc:
             error = exc
         else:
@@ -113,8 +113,8 @@ def configure_connected(connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_SEND_NBYTES)
 
 
-def _numeric(host: str, port: int) -> Endpoint | None:
-    """Return the endpoint of an address, and None if `host` is a name.
+def _numeric(host: str, port: int) -> SocketAddress | None:
+    """Return the address that `host` spells out, and None if it is a name.
 
     Raises:
         OSError: this host has no interface of that name.
@@ -124,12 +124,12 @@ def _numeric(host: str, port: int) -> Endpoint | None:
     except ValueError:
         return None
     if address.version == 4:
-        return Endpoint(socket.AF_INET, (host, port))
+        return SocketAddress(socket.AF_INET, (host, port))
     if address.scope_id is None:
-        return Endpoint(socket.AF_INET6, (host, port))
+        return SocketAddress(socket.AF_INET6, (host, port))
     scope = address.scope_id
     index = int(scope) if scope.isdecimal() else socket.if_nametoindex(scope)
-    return Endpoint(socket.AF_INET6, (host.partition("%")[0], port, 0, index))
+    return SocketAddress(socket.AF_INET6, (host.partition("%")[0], port, 0, index))
 
 
 def _options() -> Iterator[tuple[int, int]]:
@@ -145,22 +145,25 @@ def _options() -> Iterator[tuple[int, int]]:
         yield TCP_RTO_MAX_MS, RETRANSMIT_SECONDS * 1000
 
 
-async def _bindable(host: str, port: int) -> list[Endpoint]:
+async def _bindable(host: str, port: int) -> list[SocketAddress]:
     if not is_wildcard(host) or host == "0.0.0.0":
         return await resolve(host, port)
-    return [Endpoint(socket.AF_INET6, ("::", port)), Endpoint(socket.AF_INET, ("0.0.0.0", port))]
+    return [
+        SocketAddress(socket.AF_INET6, ("::", port)),
+        SocketAddress(socket.AF_INET, ("0.0.0.0", port)),
+    ]
 
 
-def _listen(endpoint: Endpoint, port: int) -> socket.socket:
-    listening = socket.socket(endpoint.family, socket.SOCK_STREAM)
+def _listen(address: SocketAddress, port: int) -> socket.socket:
+    listening = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         listening.setblocking(False)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if endpoint.family == socket.AF_INET6:
-            is_any = endpoint.address[0] == "::"
+        if address.family == socket.AF_INET6:
+            is_any = address.host_and_port[0] == "::"
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_any)
         configure(listening)
-        host, _, *rest = endpoint.address
+        host, _, *rest = address.host_and_port
         listening.bind((host, port, *rest))
         listening.listen(BACKLOG)
     except BaseException:

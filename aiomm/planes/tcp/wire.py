@@ -44,10 +44,10 @@ __all__ = [
     "Answer",
     "Greeting",
     "Header",
-    "Offer",
     "Piece",
     "Preamble",
     "Status",
+    "TcpOffer",
     "decode_offer",
     "encode_answer",
     "encode_greeting",
@@ -134,7 +134,7 @@ class Header(NamedTuple):
     """Of the header itself."""
 
 
-class Offer(msgspec.Struct, frozen=True, array_like=True, tag="tcp"):
+class TcpOffer(msgspec.Struct, frozen=True, array_like=True, tag="tcp"):
     """Where the receiver listens for one sender, and what that sender must show."""
 
     host: Annotated[str, Meta(min_length=1, max_length=255)]
@@ -143,19 +143,19 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, tag="tcp"):
     key: Annotated[bytes, Meta(min_length=KEY_NBYTES, max_length=KEY_NBYTES)]
 
 
-def decode_offer(encoded: bytes) -> Offer:
+def decode_offer(encoded: bytes) -> TcpOffer:
     """Read an offer.
 
     Raises:
         PlaneUnavailable: it is none of ours.
     """
     try:
-        return msgspec.msgpack.decode(encoded, type=Offer)
+        return msgspec.msgpack.decode(encoded, type=TcpOffer)
     except (msgspec.MsgspecError, RecursionError) as exc:
         raise PlaneUnavailable(f"tcp: not an offer: {exc}") from exc
 
 
-def encode_preamble(offer: Offer, attachment: int = 0, oldest: int = 0) -> bytes:
+def encode_preamble(offer: TcpOffer, attachment: int = 0, oldest: int = 0) -> bytes:
     """Return what a sender says first."""
     return PREAMBLE.pack(MAGIC, offer.link, offer.key, attachment, oldest)
 
