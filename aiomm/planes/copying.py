@@ -40,10 +40,10 @@ LATE_SECONDS = 2.5e-3
 SHARE_NBYTES = 2 << 20
 """At least so much of a long copy is for each of the threads that share it."""
 MAX_THREADS = 4
-"""That share one at most, where nobody says how many."""
+"""Threads that share one copy, unless the plane is told otherwise."""
 FEW_PROCESSORS = 3
-"""With no more than these the threads, the loop and the peer's own wait for one another, and a
-share is twice as much."""
+"""On so few processors the threads compete with the loop and with the peer's threads: each share is
+twice as long."""
 
 
 def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
@@ -164,7 +164,7 @@ class CopyThreads:
         processors = num_processors()
         self.num_threads = min(max_threads, processors)
         self.share_nbytes = SHARE_NBYTES * (2 if processors <= FEW_PROCESSORS else 1)
-        """What it is worth to wake a thread for."""
+        """Fewer bytes than this are not worth waking a thread."""
         self.are_late = False
         """Whether works began late when the threads had nothing to do, or would: others keep the
         GIL, or the processors. To hand a copy over, and to be told of its end, may take longer

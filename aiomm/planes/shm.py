@@ -42,9 +42,9 @@ class ShmPlane(Plane):
     """Writes into memory that the receiver shares with the processes of its user.
 
     Args:
-        copy_threads: that at most share a copy of more than 4 MiB (8 MiB where there are less
-            than four processors), which one of them makes at half the rate of two, or less.
-            There are never more of them than processors.
+        copy_threads: at most so many threads share a copy of more than 4 MiB (8 MiB on fewer
+            than four processors), and never more than there are processors. One thread copies
+            at half the rate of two, or less.
 
     Raises:
         ValueError: `copy_threads` is less than 1.
@@ -54,7 +54,7 @@ class ShmPlane(Plane):
 
     def __init__(self, copy_threads: int = MAX_THREADS) -> None:
         if copy_threads < 1:
-            raise ValueError(f"copy_threads={copy_threads}: there must be one")
+            raise ValueError(f"copy_threads must be at least 1, got {copy_threads}")
         self._threads = CopyThreads(self.name, copy_threads)
         self._loop_copies = LoopCopies()
 

@@ -380,7 +380,9 @@ async def test_an_engine_speaks_one_version_of_ip(
     network: FakeNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MC_USE_IPV6", raising=False)
-    with pytest.raises(PlaneUnavailable, match="speaks IPv4 since"):
+    with pytest.raises(
+        PlaneUnavailable, match="was loaded for IPv4 and cannot use ::1; start another"
+    ):
         await MooncakePlane(bind="::1").export(HostArena(4096))
 
 

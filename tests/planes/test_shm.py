@@ -173,7 +173,7 @@ class TestShmPlane(PlaneContract):
         await link.aclose()
 
     async def test_without_a_thread_nothing_long_can_be_copied(self) -> None:
-        with pytest.raises(ValueError, match="copy_threads=0"):
+        with pytest.raises(ValueError, match="copy_threads must be at least 1, got 0"):
             ShmPlane(copy_threads=0)
 
     async def test_a_short_write_is_done_at_once(self, link: Link) -> None:

@@ -131,10 +131,10 @@ def load(host: str) -> Any:
         raise PlaneUnavailable(f"mooncake: {_explain(exc)}") from exc
     _process = os.getpid()
     if _is_ipv6(host) != bool(os.environ.get(IPV6_VARIABLE)):
-        spoken = "IPv4" if _is_ipv6(host) else "IPv6"
+        version = "IPv4" if _is_ipv6(host) else "IPv6"
         raise PlaneUnavailable(
-            f"mooncake: the engine of this process speaks {spoken} since it was loaded, "
-            f"and {host} is none of that"
+            f"mooncake: this process's engine was loaded for {version} and cannot use {host}; "
+            "start another process"
         )
     return module
 

@@ -216,9 +216,9 @@ def parse_answers(received: bytes) -> list[Answer]:
 
 def encode_header(grant: GrantKey, runs: Sequence[Run], number: int = 0, landed: int = 0) -> bytes:
     """Return the header of a write of at most :data:`MAX_RUNS` runs."""
-    numbers = [number for run in runs for number in (run.offset, run.nbytes)]
+    pieces = [each for run in runs for each in (run.offset, run.nbytes)]
     head = HEADER.pack(HEADER_MAGIC, len(runs), number, landed, grant.generation, grant.sequence)
-    return head + struct.pack(f"!{len(numbers)}Q", *numbers)
+    return head + struct.pack(f"!{len(pieces)}Q", *pieces)
 
 
 def parse_header(received: memoryview, arena_nbytes: int) -> Header | None:
