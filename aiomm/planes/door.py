@@ -83,7 +83,7 @@ class Door(Generic[AnyCaller]):
         """Log who misbehaves: the first one as a warning, the rest for debugging."""
         level = logging.DEBUG if self._has_complained else logging.WARNING
         self._has_complained = True
-        logger.log(level, "%s: closed the connection from %s: %s", self.plane, address, about)
+        logger.log(level, "x %s: closed the connection from %s: %s", self.plane, address, about)
 
 
 class Caller(asyncio.BaseProtocol):

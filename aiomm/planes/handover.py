@@ -168,7 +168,7 @@ class Visitor(Caller, asyncio.Protocol):
             self._desk.heard(self, data)
 
     def _refuse(self, whom: str) -> None:
-        logger.warning("%s: refused %s", self._desk.plane, whom)
+        logger.warning("x %s: refused %s", self._desk.plane, whom)
         self.abort()
 
 

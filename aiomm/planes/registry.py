@@ -80,7 +80,7 @@ def make_planes(
                 one = loaders[one]().at(place, by_name=spec != "auto")
             planes.append(one)
         except PlaneUnavailable as exc:
-            logger.warning("%s", exc)
+            logger.warning("! %s", exc)
             reasons.append(str(exc))
     if not planes:
         raise PlaneUnavailable("; ".join(reasons) or "no plane is asked for")
@@ -107,5 +107,5 @@ def _is_shadowed(entry: EntryPoint) -> bool:
     """Whether one of our names hides `entry`; told in the log if it is not our own entry."""
     target = BUILT_IN.get(entry.name)
     if target is not None and entry.value != target:
-        logger.warning("the plane %r of %r is hidden by aiomm's own", entry.name, entry.value)
+        logger.warning("! the plane %r of %r is hidden by aiomm's own", entry.name, entry.value)
     return target is not None

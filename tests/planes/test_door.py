@@ -184,7 +184,7 @@ class TestCallers:
                 assert await one.show(7, bytes(SECRET_NBYTES)) == b""
         levels = [each.levelname for each in caplog.records if "wrong secret" in each.message]
         assert levels == ["WARNING", "DEBUG", "DEBUG"]
-        assert "plane: closed the connection from " in caplog.text
+        assert "x plane: closed the connection from " in caplog.text
 
 
 class TestAShutDoor:

@@ -172,7 +172,7 @@ class TestHandingOver:
         async with opened(hand) as desk:
             with pytest.raises(PlaneUnavailable, match=REFUSED):
                 await take(desk.invite(LINK))
-        assert "plane: refused a sender that cannot be handed the arena" in caplog.text
+        assert "x plane: refused a sender that cannot be handed the arena" in caplog.text
 
     async def test_of_what_is_not_open_fails(self) -> None:
         async with opened(lambda visitor: (MESSAGE, [1 << 20])) as desk:
@@ -205,7 +205,7 @@ class TestStrangers:
         async with stranger_at(desk) as stranger:
             stranger.writer.write(shown)
             assert await stranger.heard() == b""
-        assert "plane: refused a stranger without a secret" in caplog.text
+        assert "x plane: refused a stranger without a secret" in caplog.text
 
     @pytest.mark.parametrize("place", [0, 15])
     async def test_with_a_wrong_secret_get_nothing(self, desk: Desk, place: int) -> None:
@@ -258,7 +258,7 @@ class TestStrangers:
         desk.user = os.geteuid() + 1
         with pytest.raises(PlaneUnavailable, match=REFUSED):
             await take(desk.invite(LINK))
-        assert f"plane: refused user {os.geteuid()}" in caplog.text
+        assert f"x plane: refused user {os.geteuid()}" in caplog.text
 
     async def test_of_an_unknown_user_get_nothing(
         self, desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -310,7 +310,7 @@ class TestVisitors:
         received.connection.send(b"hello?")
         assert await end_of(received.connection)
         received.connection.close()
-        assert "plane: refused a sender that goes on talking" in caplog.text
+        assert "x plane: refused a sender that goes on talking" in caplog.text
         (await take(desk.invite(LINK))).connection.close()
 
     async def test_are_heard_and_answered_where_they_may_talk(self) -> None:

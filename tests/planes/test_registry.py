@@ -84,7 +84,7 @@ def test_an_outsider_can_add_a_plane() -> None:
 @pytest.mark.parametrize("name", ["broken", "wrong"])
 def test_a_broken_plane_costs_only_itself(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert names(make_planes([name, "tcp"])) == ["tcp"]
-    assert name in caplog.text
+    assert f"! plane '{name}' " in caplog.text
     with pytest.raises(PlaneUnavailable, match=name):
         make_planes(name)
 
@@ -93,7 +93,7 @@ def test_a_broken_plane_costs_only_itself(name: str, caplog: pytest.LogCaptureFi
 def test_our_names_mean_our_planes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     assert names(make_planes("tcp")) == ["tcp"]
-    assert "hidden" in caplog.text
+    assert "! the plane 'tcp' of 'outsider_package:OutsiderPlane' is hidden" in caplog.text
 
 
 def test_planes_are_imported_without_torch_and_numpy() -> None:
