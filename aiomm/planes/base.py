@@ -25,8 +25,6 @@ from ..buffers.tensors import Memory, TokenRows
 
 __all__ = ["Export", "GrantKey", "Place", "Plane", "RemoteArena", "Run"]
 
-MAX_OFFER_NBYTES = 1024
-
 
 class Place(NamedTuple):
     """Where an endpoint is on the network: what a plane listens on, and what it tells peers."""
@@ -79,9 +77,10 @@ class Export(ABC):
 
     @abstractmethod
     def offer(self, link: int) -> bytes:
-        """Return what the sender on `link` needs to attach, at most 1024 bytes.
+        """Return what the sender on `link` needs to attach.
 
-        The offer may hold a secret of this link's own; it travels in the Hello only.
+        At most 1024 bytes, which is what a Hello takes. The offer may hold a secret of this
+        link's own; it travels in the Hello only.
         """
 
     def permit(self, grant: GrantKey, ranges: Sequence[ByteRange]) -> None:  # noqa: B027

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
-from aiomm.planes.base import MAX_OFFER_NBYTES, Export, GrantKey, Plane, RemoteArena, Run
+from aiomm.planes.base import Export, GrantKey, Plane, RemoteArena, Run
+from aiomm.protocol.frames import PlaneOffer
 from aiomm.types import Field
 
 from ..conftest import resources
@@ -239,9 +241,10 @@ class PlaneContract(ABC):
         await link.write([good])
         assert link.content() == expected_content(ARENA_NBYTES, (0, tensor))
 
-    async def test_offers_are_small_and_of_one_link(self, link: Link) -> None:
+    async def test_offers_fit_into_a_hello_and_are_of_one_link(self, link: Link) -> None:
         offer = link.export.offer(LINK)
-        assert len(offer) <= MAX_OFFER_NBYTES
+        in_hello = PlaneOffer(link.plane.name, offer)
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(in_hello), type=PlaneOffer) == in_hello
         assert offer == link.export.offer(LINK)
         assert offer != link.export.offer(LINK + 1)
 
