@@ -104,7 +104,7 @@ def _import(target: str) -> Any:
 
 
 def _is_shadowed(entry: EntryPoint) -> bool:
-    """Whether one of our names hides `entry`; told in the log if it is not our own entry."""
+    """Whether one of our names hides `entry`; told in the log, unless that makes no difference."""
     target = BUILT_IN.get(entry.name)
     if target is not None and entry.value != target:
         logger.warning("! the plane %r of %r is hidden by aiomm's own", entry.name, entry.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,16 @@ def test_our_names_mean_our_planes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     assert names(make_planes("tcp")) == ["tcp"]
     assert "! the plane 'tcp' of 'outsider_package:OutsiderPlane' is hidden" in caplog.text
+
+
+def test_an_entry_that_leads_to_our_plane_is_nothing_to_tell(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As older installations of aiomm have them."""
+    entry = EntryPoint("tcp", "aiomm.planes.tcp:TcpPlane", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: (entry,))
+    assert names(make_planes("tcp")) == ["tcp"]
+    assert caplog.text == ""
 
 
 def test_planes_are_imported_without_torch_and_numpy() -> None:
