@@ -222,7 +222,7 @@ class Receiver(Lifecycle):
             destination.
         device: where the pool lies: `"cpu"`, or a GPU such as `"cuda:0"`. CUDA is initialised
             when the receiver starts.
-        planes: `"auto"`, one name, or names and :class:`~aiomm.planes.base.Plane` objects in
+        planes: `"auto"`, or names and :class:`~aiomm.planes.base.Plane` objects in
             order of preference.
         settings: the fields of :class:`~aiomm.config.ReceiverSettings`: `blocks`,
             `block_size`, `default_blocks`, `timeout` and others.
@@ -242,7 +242,7 @@ class Receiver(Lifecycle):
         bind: str | None = None,
         connect: str | Sequence[str] = (),
         device: str = "cpu",
-        planes: str | Sequence[str | Plane] = "auto",
+        planes: str | Plane | Sequence[str | Plane] = "auto",
         **settings: Any,
     ) -> None:
         if device != "cpu":

@@ -302,7 +302,7 @@ class Sender(Lifecycle):
         schema: the fields of every transfer.
         bind: where receivers may connect to this sender, such as `tcp://127.0.0.1:*`; needed
             for :meth:`offer` and for receivers that ask by `source=`.
-        planes: `"auto"`, one name, or names and :class:`~aiomm.planes.base.Plane` objects in
+        planes: `"auto"`, or names and :class:`~aiomm.planes.base.Plane` objects in
             order of preference.
         settings: the fields of :class:`~aiomm.config.SenderSettings`: `timeout`, `strict`,
             `checksum` and others.
@@ -321,7 +321,7 @@ class Sender(Lifecycle):
         schema: Schema,
         *,
         bind: str | None = None,
-        planes: str | Sequence[str | Plane] = "auto",
+        planes: str | Plane | Sequence[str | Plane] = "auto",
         **settings: Any,
     ) -> None:
         self.schema = schema

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import resource
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -35,6 +32,7 @@ from tests.processes import (
     receiving,
     until,
 )
+from tests.support import no_descriptors_left
 
 pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.timeout(60)]
 
@@ -163,24 +161,6 @@ async def test_receivers_that_close_leave_nothing_at_the_sender(control: str) ->
             await until(lambda: not sender._driver.endpoint.sessions, "the goodbye arrives")
             before = before or resources()
         await until(nothing_new(before), "connections end")
-
-
-@contextmanager
-def no_descriptors_left() -> Iterator[None]:
-    """Let this process open nothing more, until the block ends."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
-    taken = []
-    try:
-        with suppress(OSError):
-            while True:
-                taken.append(os.dup(0))
-        yield
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_descriptors_can_run_out_and_come_back() -> None:

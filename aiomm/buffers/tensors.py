@@ -380,6 +380,7 @@ def _copy_torch(rows: torch.Tensor, target: memoryview, first: int, count: int) 
 def _numpy_source(name: str, field: Field, array: numpy.ndarray[Any, Any]) -> _Source:
     import numpy
 
+    array = numpy.asarray(array)  # a subclass, such as `matrix`, may have another idea of a shape
     if not array.dtype.isnative:
         raise IncompatibleSchema(
             f"field {name!r} is {array.dtype.str}, which is not the byte order of this machine"
@@ -389,7 +390,7 @@ def _numpy_source(name: str, field: Field, array: numpy.ndarray[Any, Any]) -> _S
         flat = array.reshape(-1).view(numpy.uint8).data if array.size else memoryview(b"")
         return _Source(len(array), flat, array.__array_interface__["data"][0])
     size = array.dtype.itemsize
-    rows = numpy.asarray(array).view(f"u{size}" if size <= 8 else array.dtype)
+    rows = array.view(f"u{size}" if size <= 8 else array.dtype)
     return _Source(len(rows), copy=partial(_copy_numpy, rows))
 
 

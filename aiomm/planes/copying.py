@@ -20,11 +20,13 @@ from .base import Run
 __all__ = [
     "MAX_THREADS",
     "PIECE_NBYTES",
+    "STRIDED_NBYTES",
     "Copies",
     "CopyThreads",
     "LoopCopies",
     "LoopTime",
     "check_runs",
+    "is_dense",
     "num_processors",
     "part_of",
     "pieces_of",
@@ -37,6 +39,8 @@ TURN_SECONDS = 1e-3
 """After so long in one turn of the loop no more short work begins: a piece, or a short write."""
 LATE_SECONDS = 2.5e-3
 """Half of the time for which a busy thread may keep the GIL."""
+STRIDED_NBYTES = 1 << 17
+"""Of rows with gaps one piece: each of their elements may take 7 ns, and be a byte."""
 SHARE_NBYTES = 2 << 20
 """At least so much of a long copy is for each of the threads that share it."""
 MAX_THREADS = 4
@@ -67,6 +71,16 @@ def check_runs(runs: Sequence[Run], arena_nbytes: int) -> int:
             )
         total += nbytes
     return total
+
+
+def is_dense(run: Run) -> bool:
+    """Whether the bytes of `run` lie together, at an address that is known."""
+    return run.rows.address(run.first) is not None
+
+
+def piece_nbytes(run: Run) -> int:
+    """Return how much of `run` is copied on the loop in one piece."""
+    return PIECE_NBYTES if is_dense(run) else STRIDED_NBYTES
 
 
 def pieces_of(run: Run, max_nbytes: int) -> Iterator[Run]:
@@ -138,7 +152,7 @@ class LoopCopies:
 
     async def copy(self, copy: Callable[[Run], object], runs: Iterable[Run]) -> None:
         """Do the same with `runs`, cut into pieces."""
-        pieces = chain.from_iterable(pieces_of(run, PIECE_NBYTES) for run in runs)
+        pieces = chain.from_iterable(pieces_of(run, piece_nbytes(run)) for run in runs)
         await self.run(partial(copy, piece) for piece in pieces)
 
     async def drain(self) -> None:

@@ -71,7 +71,10 @@ class Desk:
         Raises:
             PlaneUnavailable: no socket can be made.
         """
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as exc:
+            raise PlaneUnavailable(f"{self.plane}: no socket can be made: {exc}") from exc
         try:
             listener.bind(b"\0" + self._name)
             self._server = await asyncio.get_running_loop().create_unix_server(
@@ -192,10 +195,13 @@ async def collect(plane: str, invitation: Invitation, nbytes: int, num_fds: int)
 
     Raises:
         PlaneUnavailable: the receiver is on another host or in another network namespace, runs
-            as another user, refuses the secret, or is gone.
+            as another user, refuses the secret, or is gone; or no descriptor is free here.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     loop = asyncio.get_running_loop()
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as exc:
+        raise PlaneUnavailable(f"{plane}: no socket can be made: {exc}") from exc
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             await loop.sock_connect(connection, b"\0" + invitation.name)
@@ -222,6 +228,8 @@ def _take(
     if not is_whole or len(descriptors) != num_fds:
         for descriptor in descriptors:
             os.close(descriptor)
+        if flags & socket.MSG_CTRUNC and len(descriptors) < num_fds:
+            raise PlaneUnavailable(f"{plane}: this process has no descriptor free for what it got")
         raise PlaneUnavailable(f"{plane}: {REFUSED}")
     return message, list(descriptors)
 

@@ -49,26 +49,30 @@ def known_planes() -> dict[str, Callable[[], type[Plane]]]:
 
 
 def make_planes(
-    spec: str | Sequence[str | Plane] = "auto",
+    spec: str | Plane | Sequence[str | Plane] = "auto",
     place: Place = Place(),  # noqa: B008
 ) -> list[Plane]:
     """Return the planes to try, the best one first.
 
     Args:
-        spec: `"auto"` (those of :data:`PREFERENCE` that exist), one name, or names and planes
+        spec: `"auto"` (those of :data:`PREFERENCE` that exist), one of either, or names and planes
             in the order in which to try them. Of several, one that cannot be imported is
             left out with a warning in the log.
         place: where the endpoint is on the network.
 
     Raises:
         PlaneUnavailable: a name is not known, or no plane is left.
+        TypeError: something is neither a name nor a plane.
+        ValueError: two planes have the same name, by which the two sides know them.
     """
     loaders = known_planes()
     if spec == "auto":
         wanted: Sequence[str | Plane] = [name for name in PREFERENCE if name in loaders]
     else:
-        wanted = [spec] if isinstance(spec, str) else spec
+        wanted = [spec] if isinstance(spec, str | Plane) else spec
     for one in wanted:
+        if not isinstance(one, str | Plane):
+            raise TypeError(f"planes are names and Plane objects, not {one!r}")
         if isinstance(one, str) and one not in loaders:
             known = ", ".join(sorted(loaders))
             raise PlaneUnavailable(f"there is no plane {one!r}; known are {known}")
@@ -84,6 +88,9 @@ def make_planes(
             reasons.append(str(exc))
     if not planes:
         raise PlaneUnavailable("; ".join(reasons) or "no plane is asked for")
+    names = [plane.name for plane in planes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"of these planes two have the same name: {names}")
     return planes
 
 

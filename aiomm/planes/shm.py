@@ -25,7 +25,15 @@ from ..buffers.shm import MemfdArena, map_peer
 from ..errors import PlaneUnavailable
 from ..gpu.pinning import Pin
 from .base import Export, GrantKey, Plane, RemoteArena, Run
-from .copying import MAX_THREADS, PIECE_NBYTES, Copies, CopyThreads, LoopCopies, check_runs
+from .copying import (
+    MAX_THREADS,
+    STRIDED_NBYTES,
+    Copies,
+    CopyThreads,
+    LoopCopies,
+    check_runs,
+    is_dense,
+)
 from .handover import Desk, Invitation, collect
 
 __all__ = ["ShmPlane"]
@@ -145,7 +153,7 @@ class _ShmArena(RemoteArena):
         nbytes = self._nbytes_on_loop(runs)
         if self._copies.is_long(nbytes):
             return False
-        if nbytes > PIECE_NBYTES and not all(map(_is_dense, runs)):
+        if nbytes > STRIDED_NBYTES and not all(map(is_dense, runs)):
             return False  # that may take several times as long
         if not self._loop_copies.time.is_left():
             return False
@@ -161,7 +169,7 @@ class _ShmArena(RemoteArena):
             await self._loop_copies.copy(self._copy, runs)
         elif nbytes == math.inf:
             await self._copies.run(partial(self._copy_all, runs))
-        elif all(map(_is_dense, runs)):
+        elif all(map(is_dense, runs)):
             copies = SharedCopies(map(self._dense, runs), (runs, self._memory))
             await self._copies.share(copies, probes=True)
         else:
@@ -204,7 +212,7 @@ class _ShmArena(RemoteArena):
     def _copy(self, run: Run, copy: Memcpy = copy_memory) -> None:
         if not self._memory:  # it waited for its turn until the end
             raise PlaneUnavailable(f"shm: {self._why}")
-        if _is_dense(run):
+        if is_dense(run):
             copy(*self._dense(run))
             return
         rows = run.rows
@@ -227,11 +235,6 @@ class _ShmArena(RemoteArena):
         self._why = why
         asyncio.get_running_loop().remove_reader(self._connection.fileno())
         self._connection.close()
-
-
-def _is_dense(run: Run) -> bool:
-    """Whether the bytes of `run` lie together, at an address that is known."""
-    return run.rows.address(run.first) is not None
 
 
 def _map(descriptor: int, nbytes: int) -> memoryview:

@@ -155,6 +155,15 @@ class TestTorch:
 
 
 class TestNumpy:
+    @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+    def test_a_subclass_is_taken_as_the_array_that_it_is(self) -> None:
+        """A `matrix` stays two-dimensional whatever is asked of it."""
+        matrix = np.matrix([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        rows = TokenRows.of("x", Field("float64", 2), matrix)
+        view = rows.view(1, 2)
+        assert view is not None
+        assert view.tobytes() == matrix[1:].tobytes()
+
     @pytest.mark.parametrize("dtype", NUMPY_DTYPES)
     def test_every_dtype_dense_and_strided(self, dtype: str) -> None:
         dense = np.random.default_rng(7).integers(0, 2, (9, 4)).astype(dtype)

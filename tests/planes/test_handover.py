@@ -18,6 +18,7 @@ import pytest
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes import door, handover
 from aiomm.planes.handover import Desk, HandedOver, Invitation, Visitor, collect
+from tests.support import no_descriptors_left
 
 pytestmark = [pytest.mark.both_loops, pytest.mark.usefixtures("no_leaks")]
 
@@ -188,6 +189,17 @@ class TestHandingOver:
             async with opened(lambda visitor: (MESSAGE, [null.fileno()] * num_handed)) as desk:
                 with pytest.raises(PlaneUnavailable, match=REFUSED):
                     await take(desk.invite(LINK), num_fds=num_expected)
+
+    async def test_needs_a_descriptor_on_this_side(self, desk: Desk) -> None:
+        """Whose fault it is if there is none: for the socket, or for what is handed over."""
+        invitation = desk.invite(LINK)
+        with no_descriptors_left(), pytest.raises(PlaneUnavailable, match="no socket can be made"):
+            await collect("plane", invitation, len(MESSAGE), 1)
+        here, there = socket.socketpair()
+        with here, there:
+            socket.send_fds(there, [MESSAGE], [0])
+            with no_descriptors_left(), pytest.raises(PlaneUnavailable, match="no descriptor free"):
+                handover._take("plane", here, len(MESSAGE), 1)
 
     async def test_of_a_short_message_is_refused(self) -> None:
         with socket.socket() as null:

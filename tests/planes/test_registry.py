@@ -75,6 +75,23 @@ def test_an_unknown_name_tells_the_known_ones() -> None:
         make_planes([])
 
 
+def test_one_plane_needs_no_list() -> None:
+    own = MemoryPlane()
+    assert make_planes(own) == [own]
+
+
+@pytest.mark.parametrize("wrong", [5, MemoryPlane, None])
+def test_what_is_no_plane_is_told_at_once(wrong: object) -> None:
+    with pytest.raises(TypeError, match="planes are names and Plane objects, not "):
+        make_planes(["tcp", wrong])  # type: ignore[list-item]
+
+
+def test_two_planes_of_one_name_are_refused() -> None:
+    """One of them would be open for ever, and no sender could tell them apart."""
+    with pytest.raises(ValueError, match="two have the same name"):
+        make_planes([MemoryPlane(), "memory"])
+
+
 @pytest.mark.usefixtures("outsider")
 def test_an_outsider_can_add_a_plane() -> None:
     assert names(make_planes("outsider")) == ["outsider"]

@@ -191,9 +191,9 @@ class TestShmPlane(PlaneContract):
         link = await self.open_link(16 << 20)
         long, short = whole(random_rows(longest + 1, 1 << 20), 0), whole(random_rows(2, 16), 0)
         assert not link.remote.write_at_once(GRANT, [long])
-        strided = strided_rows(2000, 1 << 10)
+        strided = strided_rows(200, 1 << 10)
         assert not link.remote.write_at_once(GRANT, [whole(strided, 0)])
-        assert link.remote.write_at_once(GRANT, [whole(strided[:1000], 0)])
+        assert link.remote.write_at_once(GRANT, [whole(strided[:100], 0)])
         await asyncio.sleep(0)  # the next turn of the loop has time anew
         assert link.remote.write_at_once(GRANT, [whole(random_rows(longest, 1 << 20), 0)])
         await asyncio.sleep(0)
