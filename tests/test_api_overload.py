@@ -6,10 +6,12 @@ import asyncio
 from typing import Any
 
 import pytest
+import torch
 
-from aiomm import Receiver, Rejected, Sender
+from aiomm import Field, Receiver, Rejected, Schema, Sender
 
 from .support import (
+    ANYWHERE,
     SCHEMA,
     assert_idle,
     error_of,
@@ -178,6 +180,20 @@ async def test_transfers_that_are_together_over_the_limit_of_buffered_bytes() ->
         (await receiver.receive("first")).release()
         await sender.send(receiver.expect("again"), tensors_of(500))
         (await receiver.receive("again")).release()
+
+
+async def test_many_fields_make_a_grant_shorter() -> None:
+    """All its runs are listed at once, one for each block of each field."""
+    schema = Schema(**{f"f{number}": Field("uint8", 1) for number in range(64)})
+    tensors = {name: torch.zeros(100, 1, dtype=torch.uint8) for name in schema}
+    async with (
+        Receiver(schema, bind=ANYWHERE, blocks=200, block_size=1, default_blocks=1) as receiver,
+        Sender(schema) as sender,
+    ):
+        sending = asyncio.ensure_future(sender.send(receiver.expect("r"), tensors))
+        async with receiver.receive("r") as lease:
+            assert lease.buffered_chunks == (32, 32, 32, 4)
+        await sending
 
 
 async def test_more_peers_than_a_receiver_takes() -> None:

@@ -45,7 +45,7 @@ from ..protocol.frames import Hello, specs_of
 from ..protocol.receive_transfer import ReceiveTransfer
 from ..protocol.receiving import ReceiveEndpoint
 from ..protocol.session import Timing
-from ..types import Allocation, Extent, Schema
+from ..types import MAX_GRANT_BLOCKS, Allocation, Extent, Schema
 from .base import Driver, new_epoch
 from .checksums import AT_ONCE_NBYTES, Checksums, Chunk
 from .exports import Exports
@@ -118,7 +118,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.planes = planes
         self.waiter = waiter
         self.pool = BlockPool(settings.blocks, settings.block_size)
-        self.queue = ReservationQueue(self.pool, max_waiting=settings.max_waiting)
+        self.queue = _queue_over(self.pool, settings.max_waiting, len(schema))
         self.layout = Layout(schema, settings.blocks * settings.block_size, settings.max_peers)
         self.memory = Memory(self.layout, device, name, settings.max_spare_bytes)
         self._exports = Exports(self.layout)
@@ -541,6 +541,12 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self.pool.fill(allocation)
             kept.append(allocation)
         return tuple(kept)
+
+
+def _queue_over(pool: BlockPool, max_waiting: int, num_fields: int) -> ReservationQueue:
+    """The runs of a grant are listed on the loops of both sides: 1 us per field and block."""
+    most = max(1, MAX_GRANT_BLOCKS // num_fields)
+    return ReservationQueue(pool, max_waiting=max_waiting, max_grant_blocks=most)
 
 
 def _copies_for(device: str) -> tuple[Copies, Copies]:
