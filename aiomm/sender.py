@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
-from contextlib import suppress
 from secrets import token_bytes
 from types import TracebackType
 from typing import Any, Self, SupportsFloat, SupportsIndex
@@ -152,9 +151,10 @@ class Transfer:
                 self._watching.append(change)
                 try:
                     await change
-                finally:
-                    with suppress(ValueError):  # it has come
+                except BaseException:  # cancelled: nobody waits for it any more
+                    if change in self._watching:
                         self._watching.remove(change)
+                    raise
             else:
                 if self._core is None:
                     yield State.FAILED
