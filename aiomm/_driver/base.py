@@ -16,7 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, TypeVar, assert_never
 
 from ..config import EndpointSettings
 from ..control.base import Channel, Peer
@@ -34,6 +34,9 @@ __all__ = ["Driver", "new_epoch"]
 
 RECONTACT_DELAY = 0.1
 """Seconds before a lost standing contact is made again: whoever is there may refuse each one."""
+
+OF_LINKS: Final = (Greet, Part, Leave)
+"""Commands that both kinds of endpoint know."""
 
 logger = logging.getLogger("aiomm")
 
@@ -311,8 +314,10 @@ class Driver(ABC, Generic[_Endpoint]):
                     try:
                         if isinstance(command, Transmit):  # most are
                             self.outbox.send(command)
-                        else:
+                        elif isinstance(command, OF_LINKS):
                             self._carry_out(command)
+                        else:
+                            self.execute(command)
                     except Exception:  # a bug in one command must not cost the others
                         kind = type(command).__name__  # its values may be secret
                         logger.exception("! %s could not carry out %s", self.name, kind)
@@ -330,7 +335,7 @@ class Driver(ABC, Generic[_Endpoint]):
 
     # Commands that both kinds know.
 
-    def _carry_out(self, command: Command) -> None:
+    def _carry_out(self, command: Greet | Part | Leave) -> None:
         match command:
             case Greet(peer, hello):
                 logger.debug("= %s has a link with %s", self.name, hello.name)
@@ -345,7 +350,7 @@ class Driver(ABC, Generic[_Endpoint]):
             case Leave(path):
                 self._leave(path)
             case _:
-                self.execute(command)
+                assert_never(command)
 
     def _forget_address(self, path: Path) -> None:
         self._at_address = {at: each for at, each in self._at_address.items() if each != path}
