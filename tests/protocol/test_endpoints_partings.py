@@ -54,6 +54,15 @@ class TestTurnedAway:
         pair.wait()
         assert reason(pair.sender, number) is None
 
+    def test_garbage_over_a_path_used_again_is_answered_again(self) -> None:
+        """Another peer is there now."""
+        pair = Pair()
+        for _ in range(2):
+            with pytest.raises(ProtocolError):
+                pair.receiver.packets_received("stranger", b"GET / HTTP/1.1")
+            assert len(pair.receiver.endpoint.commands(pair.now)) == 1
+            pair.receiver.endpoint.path_lost(pair.receiver.path_to("stranger"), "gone", pair.now)
+
     def test_another_version_is_named(self) -> None:
         """The side that spoke first learns which version the other speaks."""
         pair = Pair()
@@ -275,6 +284,22 @@ class TestFarewell:
         assert message(pair.sender, sent) == message(pair.receiver, asked) == "refused"
         assert elsewhere[0] not in pair.sender.outcomes
         assert elsewhere[1] not in pair.receiver.outcomes
+
+    def test_nobody_is_there_any_more_where_somebody_was_asked(self) -> None:
+        """What was asked already goes on: that sender is reached another way by now."""
+        pair = Pair()
+        number = pair.redeem(key=b"")
+        pair.wait()
+        path, endpoint = pair.receiver.path_to("sender"), pair.receiver.endpoint
+        endpoint.use_path(pair.sender.epoch, Path(1, "stream", "sender"))
+        endpoint.path_lost(path, "cut", pair.now)
+        endpoint.contact(path, pair.now)
+        endpoint.path_lost(path, "refused", pair.now)
+        pair.receiver.pump()
+        assert number not in pair.receiver.outcomes
+        pair.open(to=None)
+        pair.wait()
+        assert reason(pair.receiver, number) is None
 
     def test_silence(self) -> None:
         """A peer that stops answering is lost after a while, and welcome when it speaks again."""

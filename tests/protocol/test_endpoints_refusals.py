@@ -117,6 +117,17 @@ class TestLimits:
             sender.endpoint.open("b", timeout=1.0, now=0.0)
         assert caught.value.retryable
 
+    def test_transfers_given_up_before_the_first_contact_count_as_well(self) -> None:
+        """Whoever opens and gives up, again and again, does not fill the memory."""
+        pair = Pair()
+        sender = Sending(pair.world, "other", max_waiting=1)
+        path = sender.path_to("nobody")
+        core = sender.endpoint.open("a", timeout=1.0, now=0.0, path=path)
+        sender.endpoint.fail(core.id.generation, GIVEN_UP, 0.0)
+        with pytest.raises(Rejected) as caught:
+            sender.endpoint.open("b", timeout=1.0, now=0.0)
+        assert caught.value.retryable
+
     def test_too_many_receivers_wait_for_a_sender(self) -> None:
         """The next one is busy."""
         pair = Pair()
@@ -264,6 +275,20 @@ class TestDeadlines:
         pair.sender.endpoint.fail(99, GIVEN_UP, 0.0)
         pair.receiver.endpoint.taken(99)
 
+    def test_the_deadline_of_what_is_still_open(self) -> None:
+        """It is kept, however many others have ended before theirs."""
+        pair = Pair()
+        number = pair.receive("here", timeout=2.0)
+        generation = pair.open("there", to=None, timeout=2.0)
+        for _ in range(1100):
+            ended = pair.receiver.endpoint.receive("request", 1e6, 0.0)
+            pair.receiver.endpoint.taken(ended)
+            pair.give_up(pair.receiver, ended)
+            pair.give_up(pair.sender, pair.open(to=None, timeout=1e6))
+        pair.wait(3.0)
+        assert reason(pair.receiver, number) is Reason.TIMEOUT
+        assert reason(pair.sender, generation) is Reason.TIMEOUT
+
     def test_answers_for_a_request_that_is_forgotten(self) -> None:
         """Blocks that come too late go back; other answers mean nothing any more."""
         pair = Pair()
@@ -401,6 +426,22 @@ class TestBrokenPeers:
         pair.wait()
         assert number not in pair.receiver.outcomes
 
+    def test_an_abort_of_somebody_elses_transfer(self) -> None:
+        """Only the receiver that a transfer was offered to has a say in it."""
+        pair = Pair()
+        generation = pair.open(tokens=None)
+        other = Receiving(pair.world, "other", blocks=4)
+        pair.sender.endpoint.contact(pair.sender.path_to("other"), pair.now)
+        pair.sender.pump()
+        pair.wait()
+        session = other.endpoint.sessions[pair.sender.epoch]
+        transfer = TransferId("request", generation)
+        session.send(frames.Abort(transfer, Reason.CANCELLED, "not mine", False))
+        other.pump()
+        pair.wait()
+        assert generation not in pair.sender.outcomes
+        assert pair.sender.endpoint.counters["of_no_transfer"] == 1
+
     def test_an_abort_of_something_long_forgotten(self) -> None:
         """It is acknowledged all the same: nothing of it can land."""
         pair = Pair()
@@ -421,3 +462,17 @@ class TestBrokenPeers:
         pair.sender.pump()
         pair.wait()
         assert reason(pair.receiver, number) is Reason.CLOSED
+
+    def test_a_refusal_of_what_was_asked_of_another_sender(self) -> None:
+        """Only the one that was asked can refuse."""
+        pair = Pair()
+        number = pair.redeem(key=b"")
+        other = Sending(pair.world, "other")
+        other.endpoint.contact(other.path_to("receiver"), pair.now)
+        other.pump()
+        pair.wait()
+        session = other.endpoint.sessions[pair.receiver.epoch]
+        session.send(frames.Refuse(number, Reason.REJECTED, "not mine"))
+        other.pump()
+        pair.wait()
+        assert number not in pair.receiver.outcomes

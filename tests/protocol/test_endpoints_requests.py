@@ -72,6 +72,18 @@ class TestTickets:
         assert "is unknown: finished, given up, or never made" in message(pair.sender, generation)
         pair.check_settled()
 
+    def test_a_ticket_for_a_request_whose_failure_nobody_has_asked_for(self) -> None:
+        """The request is still known, and over all the same."""
+        pair = Pair()
+        pair.receiver.is_forgetful = True
+        pair.world.random.random = lambda: 0.05  # type: ignore[method-assign]
+        number = pair.expect()
+        pair.give_up(pair.receiver, number)
+        assert pair.receiver.endpoint.is_wanted(number)
+        generation = pair.claim()
+        pair.wait()
+        assert "is unknown: finished, given up, or never made" in message(pair.sender, generation)
+
     def test_a_request_lives_until_it_ends(self) -> None:
         """Whoever writes into its blocks asks before."""
         pair = Pair()
@@ -186,6 +198,23 @@ class TestUnasked:
         pair.wait()
         assert reason(pair.sender, early) is reason(pair.sender, late) is None
 
+    def test_one_that_takes_anything_has_fallen_silent(self) -> None:
+        """It is sent nothing more; another one is."""
+        pair = Pair(takes_any=True)
+        first = pair.open(tokens=None)
+        pair.wait()
+        pair.receiver.pause(60.0)
+        pair.wait(6.0)
+        assert reason(pair.sender, first) is Reason.PEER_LOST
+        other = Receiving(pair.world, "other", blocks=4, takes_any=True)
+        pair.sender.endpoint.contact(pair.sender.path_to("other"), pair.now)
+        pair.sender.pump()
+        pair.wait()
+        second = pair.open("second", to=None)
+        pair.wait()
+        assert reason(pair.sender, second) is None
+        assert len(other.delivered) == 1
+
     def test_nobody_takes_it(self) -> None:
         """It waits for somebody until its deadline."""
         pair = Pair()
@@ -225,6 +254,19 @@ class TestOffers:
         pair.wait()
         assert core.chunks == [20]
         assert core.granted_tokens == 20
+
+    @pytest.mark.parametrize("shorter", ["offer", "redemption"])
+    def test_the_shorter_of_both_deadlines_holds(self, shorter: str) -> None:
+        """The sender keeps it by itself, where nothing that the receiver says comes through."""
+        pair = Pair()
+        assert pair.receiver.pool.allocate(8) is not None  # so it waits for a grant
+        pair.offer(timeout=2.0 if shorter == "offer" else 9.0)
+        pair.redeem(timeout=2.0 if shorter == "redemption" else 9.0)
+        pair.wait()
+        assert pair.sender.endpoint.num_live == 1
+        pair.world.faults.loss = 1.0
+        pair.wait(2.0)
+        assert [reason(pair.sender, each) for each in pair.sender.outcomes] == [Reason.TIMEOUT]
 
     @pytest.mark.parametrize("key", [KEY, b"x" * 16])
     def test_what_is_not_on_offer(self, key: bytes) -> None:
@@ -309,6 +351,15 @@ class TestBareRequestIds:
         pair.wait()
         assert [reason(pair.receiver, each) for each in numbers] == [None, None]
 
+    def test_what_is_addressed_is_for_nobody_else(self) -> None:
+        """A receiver that asks for an id does not get what is on its way to another."""
+        pair = Pair()
+        generation = pair.open(to="elsewhere")
+        number = pair.redeem(key=b"")
+        pair.wait()
+        assert generation not in pair.sender.outcomes
+        assert number not in pair.receiver.outcomes
+
     def test_a_receiver_that_gave_up_is_not_served(self) -> None:
         """The sender is told, and its transfer waits for another."""
         pair = Pair()
@@ -336,6 +387,23 @@ class TestBareRequestIds:
         pair.wait(0.5)
         pair.world.faults.loss = 1.0
         pair.wait(1.0)
+        assert reason(pair.receiver, number) is Reason.TIMEOUT
+        generation = pair.open(to=None)
+        pair.world.faults.loss = 0.0
+        pair.wait()
+        assert generation not in pair.sender.outcomes
+
+    def test_a_receiver_whose_deadline_has_passed_and_whose_link_stood_late(self) -> None:
+        """The sender was told what was left of its deadline by then."""
+        pair = Pair()
+        pair.world.at_address.pop("sender")
+        number = pair.redeem(key=b"", timeout=9.0)
+        pair.wait(4.0)
+        pair.world.at_address["sender"] = pair.sender
+        pair.wait(3.0)
+        assert number not in pair.receiver.outcomes
+        pair.world.faults.loss = 1.0
+        pair.wait(2.5)
         assert reason(pair.receiver, number) is Reason.TIMEOUT
         generation = pair.open(to=None)
         pair.world.faults.loss = 0.0

@@ -375,6 +375,16 @@ class TestReceiver:
         assert transfer.handle(events.Joined(), 4.0) == [do.Release(1, (holes,))]
         assert transfer.state is FAILED
 
+    def test_giving_up_while_what_is_shorter_than_its_grant_is_joined(self) -> None:
+        """Nothing lands in the rest of the grant any more: no quarantine."""
+        transfer = self.claimed(None)
+        transfer.handle(Reserved(allocation(3, 5, size=BLOCK)), 1.0)
+        transfer.handle(Written(0, 0, 200, 200), 2.0)
+        assert [type(c) for c in transfer.handle(events.Failed(FAILURE), 3.0)] == [
+            do.SendFrame,
+            do.Fail,
+        ]
+
     def test_giving_up_before_anybody_has_claimed(self) -> None:
         """There is nobody to tell, and the soft hold goes back."""
         transfer = ReceiveTransfer(1, DEFAULT, 0.0)
