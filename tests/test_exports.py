@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from aiomm._driver.exports import Exports
+from aiomm.buffers.arena import HostArena
 from aiomm.buffers.layout import Layout
 from aiomm.planes.base import Export, GrantKey
 from aiomm.types import Extent, Field, Schema
@@ -27,6 +30,14 @@ class Withdrawing(Export):
         """There is nothing to close."""
 
 
+class Unproven(Withdrawing):
+    """Nobody can tell when the last of what is withdrawn has landed."""
+
+    def revoke(self, grant: GrantKey) -> bool:
+        super().revoke(grant)
+        return False
+
+
 def test_of_a_request_that_goes_on_only_older_grants_are_withdrawn() -> None:
     """The sender writes under the newest while the blocks of the others are moved out."""
     exports, export = Exports(LAYOUT), Withdrawing()
@@ -41,3 +52,49 @@ def test_of_a_request_that_goes_on_only_older_grants_are_withdrawn() -> None:
     assert exports.revoke(5)
     assert export.withdrawn == grants
     assert exports._grants == {}
+
+
+def over_two_planes() -> Exports:
+    """Return exports over one plane that proves the end of what lands, and one that does not."""
+    exports, arena = Exports(LAYOUT), HostArena(LAYOUT.nbytes)
+    exports._exports.update(shm=Unproven(), tcp=Withdrawing())
+    exports._arenas.update(shm=arena, tcp=arena)
+    return exports
+
+
+def probe(exports: Exports, link: int, plane: str) -> None:
+    """Let the probe of a link arrive over a plane."""
+    slot = LAYOUT.probe_range(link)
+    assert exports.has_arrived(link, plane, bytes(slot.stop - slot.start))
+
+
+def test_only_the_planes_that_a_sender_uses_have_to_prove_that_nothing_lands() -> None:
+    """Before its probe has arrived over one of them it may use any."""
+    exports = over_two_planes()
+    exports.permit(5, GrantKey(1, 7, 0), (Extent(0, 8),))
+    assert not exports.revoke(5)
+    probe(exports, 1, "tcp")
+    exports.permit(6, GrantKey(1, 8, 0), (Extent(0, 8),))
+    assert exports.revoke(6)
+    probe(exports, 1, "shm")
+    exports.permit(7, GrantKey(1, 9, 0), (Extent(0, 8),))
+    assert not exports.revoke(7)
+
+
+def test_of_a_link_that_is_gone_nothing_is_kept() -> None:
+    """A receiver that runs for months has seen many."""
+    exports = over_two_planes()
+    probe(exports, 1, "tcp")
+    exports.forget(1)
+    assert exports._planes_of_link == {}
+
+
+async def test_what_this_side_puts_into_blocks_is_landing_until_it_is_there() -> None:
+    """Of that request, and then nothing is kept of it."""
+    exports, upload = Exports(LAYOUT), asyncio.get_running_loop().create_future()
+    exports.note_upload(5, upload)
+    assert exports.landing(5) == [upload]
+    assert exports.landing(6) == []
+    upload.set_result(None)
+    await asyncio.sleep(0)
+    assert exports._landing == {}

@@ -150,6 +150,12 @@ class TestSoftHolds:
         assert tokens(queue.request(3, 10, claimed=True)) == 10
         assert queue.request(2, 20, claimed=True) is None
 
+    def test_no_hold_is_taken_back_for_what_is_free(self) -> None:
+        queue = queue_over(4)
+        queue.request(1, 20, claimed=False)
+        assert tokens(queue.request(2, 20, claimed=True)) == 20
+        assert queue.num_held == 1
+
     def test_taken_back_keys_come_first_again(self) -> None:
         queue = queue_over(4)
         queue.request(1, 20, claimed=False)

@@ -273,6 +273,22 @@ class TestShmPlane(PlaneContract):
         assert link.content() == bytes_of(tensor)
         await link.aclose()
 
+    async def test_what_a_thread_still_writes_into_stays_mapped(self) -> None:
+        """Nobody waits for that write any more, and its receiver is left meanwhile."""
+        plane, may_end = ShmPlane(copy_threads=2), threading.Event()
+        export = await plane.export(MemfdArena(ARENA_NBYTES))
+        remote = await plane.attach(export.offer(LINK))
+        assert isinstance(remote, shm._ShmArena)
+        remote._copies.start([may_end.wait])
+        closing = asyncio.create_task(remote.aclose())
+        await asyncio.sleep(0)  # it has come as far as it can
+        is_mapped = bool(remote._memory)
+        may_end.set()
+        await closing
+        await export.aclose()
+        assert is_mapped
+        assert not remote._memory
+
     @pytest.mark.parametrize(
         "shown", [bytes(16), b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100_000, bytes(15)]
     )
