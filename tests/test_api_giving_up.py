@@ -17,6 +17,7 @@ from aiomm import (
     Transfer,
     TransferTimeout,
 )
+from aiomm.planes import memory
 from aiomm.planes.memory import Faults
 
 from .support import (
@@ -204,6 +205,29 @@ async def test_a_failing_write_fails_its_transfer_only(fault: str, number: int) 
             assert "on demand" in error.message
         assert same(dict(neighbour), tensors_of(20, seed=1))
         neighbour.release()
+        await receiver_used_again(receiver, sender)
+
+
+async def test_the_blocks_of_a_failed_write_wait_until_nothing_can_land(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The plane has to say so; that both sides know of the failure is not enough."""
+    is_quiet, quiesce = asyncio.Event(), memory._MemoryArena.quiesce
+
+    async def late(arena: memory._MemoryArena) -> None:
+        await is_quiet.wait()
+        await quiesce(arena)
+
+    monkeypatch.setattr(memory._MemoryArena, "quiesce", late)
+    async with faulty_pair(Faults(late_at=1)) as (receiver, sender):
+        transfer = sender.claim(receiver.expect("r"), num_tokens=40).send(tensors_of(40))
+        for error in [await error_of(transfer), await error_of(receiver.receive("r"))]:
+            assert isinstance(error, PlaneUnavailable)
+        await sender.send(receiver.expect("beside"), tensors_of(20))
+        assert receiver.metrics()["blocks_quarantined"] == 3
+        is_quiet.set()
+        async with receiver.receive("beside"):
+            pass
         await receiver_used_again(receiver, sender)
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from aiomm import Field, Receiver, Rejected, Schema, Sender
+from aiomm.planes.memory import Faults
 
 from .support import (
     ANYWHERE,
     SCHEMA,
     assert_idle,
     error_of,
+    faulty_pair,
     free_blocks,
     frozen_imports,  # noqa: F401
     granted,
@@ -64,6 +66,21 @@ async def test_results_are_taken_in_another_order_than_they_arrive() -> None:
 
 async def wait_for(awaitable: Any) -> Any:
     return await awaitable
+
+
+async def test_blocks_that_a_result_did_not_need_go_to_whoever_waits() -> None:
+    """At once, though nobody takes that result."""
+    async with pair(default_blocks=8) as (receiver, sender):
+        first = await granted(sender.claim(receiver.expect("a")))
+        second = sender.claim(receiver.expect("b"))
+        driver = receiver._driver
+        await until(lambda: driver.queue.num_waiting, driver, "packets_received")
+        await first.send(tensors_of(10))
+        await (await granted(second)).send(tensors_of(20))
+        for name in "ab":
+            async with receiver.receive(name):
+                pass
+        assert_idle(receiver, sender)
 
 
 async def test_results_stay_in_the_pool_while_nobody_waits() -> None:
@@ -117,6 +134,65 @@ async def test_a_result_that_is_taken_while_it_moves(taken: str) -> None:
                 receiver.cancel("a")
         with await awaited as lease:
             assert same(dict(lease), tensors_of(20))
+        await transfer
+        assert_idle(receiver, sender)
+
+
+async def test_one_result_at_a_time_moves_out() -> None:
+    """However often blocks are short meanwhile."""
+    async with pair() as (receiver, sender):
+        await sender.claim(receiver.expect("a"), num_tokens=128).send(tensors_of(128))
+        transfer = sender.claim(receiver.expect("b"), num_tokens=20).send(tensors_of(20))
+        awaited = asyncio.ensure_future(wait_for(receiver.receive("b")))
+        driver = receiver._driver
+        driver._copies._threads.are_late = True  # so it waits for its turn on the loop's thread
+        async with driver._copies._on_loop._one_at_a_time:
+            await until(lambda: driver._making_room, driver, "make_room")
+            moving = driver._making_room
+            driver.make_room()
+            assert driver._making_room is moving
+        with await awaited as lease:
+            assert same(dict(lease), tensors_of(20))
+        await transfer
+        async with receiver.receive("a") as lease:
+            assert same(dict(lease), tensors_of(128))
+        assert_idle(receiver, sender)
+
+
+async def test_the_next_result_moves_when_one_is_taken_while_it_moves() -> None:
+    """Its blocks are the user's now, so those of the next one are wanted."""
+    async with pair() as (receiver, sender):
+        for name in "ac":
+            await sender.claim(receiver.expect(name), num_tokens=64).send(tensors_of(64))
+        transfer = sender.claim(receiver.expect("b"), num_tokens=20).send(tensors_of(20))
+        awaited = asyncio.ensure_future(wait_for(receiver.receive("b")))
+        driver = receiver._driver
+        driver._copies._threads.are_late = True  # so it waits for its turn on the loop's thread
+        async with driver._copies._on_loop._one_at_a_time:
+            await until(lambda: driver._making_room, driver, "make_room")
+            held = await receiver.receive("a")
+        with await awaited as lease:
+            assert same(dict(lease), tensors_of(20))
+        held.release()
+        await transfer
+        async with receiver.receive("c") as lease:
+            assert same(dict(lease), tensors_of(64))
+        assert_idle(receiver, sender)
+
+
+async def test_all_that_is_known_to_come_counts_as_buffered_from_the_first_chunk_on() -> None:
+    """Memory is taken for all of it at once."""
+    faults = Faults(stall_at=2)
+    async with faulty_pair(faults, default_blocks=8) as (receiver, sender):
+        transfer = sender.claim(receiver.expect("r"), num_tokens=200).send(tensors_of(200))
+        receiving = asyncio.ensure_future(wait_for(receiver.receive("r")))
+        driver = receiver._driver
+        await until(lambda: driver.buffered_bytes, driver, "execute")
+        assert receiver.metrics()["bytes_buffered"] == 200 * SCHEMA.token_nbytes
+        await faults.stalled.wait()
+        faults.release()
+        with await receiving as lease:
+            assert same(dict(lease), tensors_of(200))
         await transfer
         assert_idle(receiver, sender)
 
