@@ -312,7 +312,7 @@ class SendEndpoint(Endpoint):
         takers = [
             session
             for session in self.sessions.values()
-            if session.peer_hello.takes_any and session.paths and not session.is_lost
+            if session.peer_hello.takes_any and not session.is_lost
         ]
         if takers:
             idlest = min(takers, key=lambda session: len(self._of_peer.get(session.peer_epoch, ())))
