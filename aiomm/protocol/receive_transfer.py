@@ -275,7 +275,7 @@ class ReceiveTransfer(Transfer):
         return self._reserve_rest()
 
     def _check_written(self, event: Written) -> None:
-        if self.state is State.ALLOC or event.sequence >= len(self._borders) or self._is_sealed:
+        if event.sequence >= len(self._borders) or self._is_sealed:
             raise ProtocolViolation(f"tokens written that nobody granted, in {self.state}")
         begin = self._borders[event.sequence - 1] if event.sequence else 0
         stop = event.start + event.count
