@@ -17,6 +17,7 @@ import torch
 from aiomm import Field
 from aiomm.buffers.memcpy import is_streaming
 from aiomm.cli.files import field_from, field_option, file_stem
+from aiomm.control.keys import write_key_pair
 from tests.command import outcome_of
 
 WITHOUT = """
@@ -94,6 +95,37 @@ def test_a_wrong_command_line_is_refused_with_2(arguments: list[str], complaint:
     refused = CliRunner(env={"COLUMNS": "300"}).invoke(app, arguments)
     assert refused.exit_code == 2
     assert complaint in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        (["--key-file", "own.key"], "--key-file: key_file own.key has the public half alone"),
+        (["--key-file", "none"], "--key-file: key_file none: No such file"),
+        (["--known-keys", "own.key"], "--known-keys: known_keys are of no use without a key"),
+        (["--key-file", "own.key_secret", "--known-keys", "none"], "--known-keys: none: "),
+        (["--advertise", 256 * "x"], "Invalid value: argument advertise="),
+        (["--insecure", "--connect", "tcp://nowhere"], "--connect: "),
+    ],
+)
+@pytest.mark.parametrize("command", [["recv"], ["send", "x"]], ids=["recv", "send"])
+def test_the_option_that_is_wrong_is_named(
+    command: list[str],
+    options: list[str],
+    option: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from typer.testing import CliRunner
+
+    from aiomm.cli.app import app
+
+    monkeypatch.chdir(tmp_path)
+    write_key_pair(Path("own"))
+    connect = [] if "--connect" in options else DEAF
+    refused = CliRunner(env={"COLUMNS": "600"}).invoke(app, [*command, *connect, *options])
+    assert refused.exit_code == 2
+    assert option in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize("arguments", [["demo"], ["recv", *DEAF], ["send", "x", *DEAF]])

@@ -156,11 +156,11 @@ def _read_pair(file: Path) -> KeyPair:
         status = file.stat()
     except OSError as exc:
         raise ValueError(f"key_file {file}: {exc.strerror}; `aiomm keygen` makes one") from exc
+    public, secret = _load(file)
+    if secret is None:  # said first: the mode of a public file is as it should be
+        raise ValueError(f"key_file {file} has the public half alone; give its .key_secret")
     if stat.S_IMODE(status.st_mode) & 0o077:
         raise ValueError(f"key_file {file} is open to other users: chmod 600 {file}")
-    public, secret = _load(file)
-    if secret is None:
-        raise ValueError(f"key_file {file} has no secret key; is it the public half?")
     pair = _pair_of(secret, str(file))
     if pair.public != public:
         raise ValueError(f"key_file {file}: its two halves do not belong together")

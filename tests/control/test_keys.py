@@ -81,9 +81,17 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> 
         keys_from(settings(key_file=str(secret)))
 
 
+def test_a_public_file_is_told_whatever_its_mode_is(tmp_path: Path) -> None:
+    """Open to everybody is what it should be: that is not what is wrong."""
+    _, public = write_key_pair(tmp_path / "host")
+    for mode in (0o644, 0o600):
+        public.chmod(mode)
+        with pytest.raises(ValueError, match=r"host\.key has the public half alone"):
+            keys_from(settings(key_file=str(public)))
+
+
 def test_what_is_wrong_with_a_key_is_said(tmp_path: Path) -> None:
     secret, public = write_key_pair(tmp_path / "host")
-    public.chmod(0o600)
     mixed = tmp_path / "mixed"
     mixed.write_text(secret.read_text().replace(_public(secret), _public(_other(tmp_path))))
     broken = tmp_path / "broken"
@@ -94,7 +102,6 @@ def test_what_is_wrong_with_a_key_is_said(tmp_path: Path) -> None:
     own = str(secret)
     for values, message in (
         ({"key_file": str(tmp_path / "none")}, "No such file.*aiomm keygen"),
-        ({"key_file": str(public)}, "public half"),
         ({"key_file": str(mixed)}, "do not belong together"),
         ({"key_file": str(broken)}, "No public key"),
         ({"key_file": own, "secret_key": "x" * 40}, "not both"),
