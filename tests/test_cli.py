@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,43 @@ def test_a_wrong_variable_is_refused_with_2(arguments: list[str]) -> None:
     refused = CliRunner(env={"AIOMM_PEER_TIMEOUT": "long"}).invoke(app, arguments)
     assert refused.exit_code == 2
     assert "variable AIOMM_PEER_TIMEOUT='long'" in refused.output
+
+
+class TestNothingWasTried:
+    """What cannot even begin is no failed transfer: 2, and what is in the way."""
+
+    def refuse(self, *arguments: str) -> str:
+        from typer.testing import CliRunner
+
+        from aiomm.cli.app import app
+
+        refused = CliRunner(env={"COLUMNS": "300"}).invoke(app, arguments)
+        assert refused.exit_code == 2, refused.output
+        return " ".join(refused.output.split())
+
+    def test_a_port_in_use(self, tmp_path: Path) -> None:
+        safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "a")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+            for command in (["recv", "--out", str(tmp_path)], ["send", str(tmp_path / "a")]):
+                told = self.refuse(*command, "--bind", address)
+                assert f"cannot listen at {address}: Address already in use" in told
+
+    def test_a_path_that_others_could_take(self) -> None:
+        told = self.refuse("recv", "--bind", "ipc:///proc/x")
+        assert "cannot listen at ipc:///proc/x: the directory" in told
+
+    def test_a_folder_that_cannot_be_made(self) -> None:
+        told = self.refuse("recv", "--bind", "tcp://127.0.0.1:0", "--out", "/proc/x")
+        assert "--out /proc/x: No such file or directory" in told
+
+    def test_a_plane_that_does_not_write_into_the_pool(self, tmp_path: Path) -> None:
+        listening = ("--bind", "tcp://127.0.0.1:0", "--out", str(tmp_path))
+        told = self.refuse("recv", *listening, "--plane", "cuda_ipc")
+        assert "cuda_ipc: does not write into a pool on cpu" in told
+        for command in ("demo", "bench"):
+            told = self.refuse(command, "--plane", "cuda_ipc")
+            assert "--plane cuda_ipc: it does not write into a pool on cpu" in told
 
 
 class TestFiles:

@@ -223,8 +223,15 @@ def test_without_its_extra_an_option_names_it(
 
 async def test_a_plane_that_cannot_be_used_is_named() -> None:
     done = await outcome_of("bench", *TINY, "--plane", "cuda_ipc")
-    assert done.code == 1
-    assert done.errors.startswith("aiomm: PlaneUnavailable: no plane can be used: cuda_ipc: ")
+    assert done.code == 2
+    assert done.errors.startswith("aiomm: --plane cuda_ipc: it does not write into a pool on cpu")
+
+
+async def test_a_transfer_that_fails_ends_it_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOMM_MAX_WAITING", "1")
+    done = await outcome_of("bench", *TINY, "--concurrency", "4")
+    assert (done.code, done.output) == (1, "")
+    assert "aiomm: Rejected: 1 requests are open" in done.errors
 
 
 def children_of(pid: int) -> list[int]:

@@ -17,7 +17,7 @@ from ..bench.plot import FORMATS, draw
 from ..bench.processes import BenchBroke, run_bench
 from ..bench.results import Peer, Results, machine, peers_from
 from .bench_view import BenchProgress, machine_line, show_results
-from .device import ensure_present
+from .device import ensure_usable
 from .running import Exit, Unusable, fail
 
 __all__ = ["Outputs", "measure"]
@@ -36,11 +36,11 @@ async def measure(plan: Plan, outputs: Outputs, *, console: Console, errors: Con
     """Run the benchmark; print one JSON object or a table, and write the files asked for.
 
     Raises:
-        Unusable: an extra is missing, there is no such device, or a file cannot be used.
+        Unusable: an extra is missing, or the device, the plane or a file cannot be used.
         typer.Exit: it broke, which has been told.
     """
     peers = _checked(plan, outputs)
-    await ensure_present(plan.device)
+    await ensure_usable(plan.device, plan.plane)
     try:
         with BenchProgress(plan, errors) as progress:
             results = await run_bench(plan, progress.heard)

@@ -10,7 +10,7 @@ from rich.console import Console
 from ..demo.messages import Options
 from ..demo.processes import run_demo
 from .demo_view import DemoProgress, show_report
-from .device import ensure_present
+from .device import ensure_usable
 from .running import Exit, Unusable
 
 __all__ = ["demonstrate"]
@@ -22,13 +22,13 @@ async def demonstrate(
     """Run the demo; print one JSON object, or what a person wants to see.
 
     Raises:
-        Unusable: an extra is missing, or there is no such device.
+        Unusable: an extra is missing, or the device or the plane cannot be used here.
     """
     if options.image is not None and not (find_spec("transformers") and find_spec("PIL")):
         raise Unusable("--image needs python -m pip install 'aiomm[vision]'")
     if options.control == "aiozmq" and not find_spec("aiozmq"):
         raise Unusable("--control aiozmq needs python -m pip install 'aiomm[aiozmq]'")
-    await ensure_present(options.device)
+    await ensure_usable(options.device, options.plane)
     with DemoProgress(options, errors) as progress:
         report = await run_demo(options, progress.heard)
     if as_json:

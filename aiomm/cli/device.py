@@ -1,4 +1,4 @@
-"""`--device`: whether it names one, and whether this machine has it."""
+"""`--device` and `--plane`: whether they name what there is, and go with each other here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import typer
 
 from ..errors import PlaneUnavailable
 from ..gpu.choice import check_device, device_ordinal, gpu_runtime
+from ..planes.registry import make_planes
 from .running import Unusable
 
-__all__ = ["ensure_present", "ensure_well_formed"]
+__all__ = ["ensure_usable", "ensure_well_formed"]
 
 
 def ensure_well_formed(device: str) -> None:
@@ -27,19 +28,30 @@ def ensure_well_formed(device: str) -> None:
         raise typer.BadParameter(str(exc), param_hint="--device") from exc
 
 
-async def ensure_present(device: str) -> None:
-    """Find out before two processes do whether a pool can lie on `device`.
+async def ensure_usable(device: str, plane: str) -> None:
+    """Find out before two processes do whether `plane` can write into a pool on `device`.
 
     Raises:
         Unusable: no; says why.
     """
-    if device == "cpu":
-        return
     try:
-        await asyncio.to_thread(_check, device)
+        if device != "cpu":
+            await asyncio.to_thread(_check_device, device)
+        _check_plane(device, plane)
     except PlaneUnavailable as exc:
         raise Unusable(exc.message) from exc
 
 
-def _check(device: str) -> None:
+def _check_device(device: str) -> None:
     check_device(gpu_runtime(), device_ordinal(device))
+
+
+def _check_plane(device: str, plane: str) -> None:
+    if plane == "auto":
+        return
+    [named] = make_planes(plane)
+    reason = named.unusable()
+    if reason is None and device == "cpu" and not named.writes_into(device):
+        reason = "it does not write into a pool on cpu; give --device cuda:0"
+    if reason is not None:
+        raise PlaneUnavailable(f"--plane {plane}: {reason}")

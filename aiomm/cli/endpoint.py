@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import typer
 
 from ..config import EndpointSettings, settings_from
+from ..errors import PlaneUnavailable
+from ..types import Schema
+from .running import Unusable
+
+if TYPE_CHECKING:
+    from .._driver.lifecycle import Lifecycle
 
 __all__ = ["EndpointOptions"]
+
+_Endpoint = TypeVar("_Endpoint", bound="Lifecycle")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +56,30 @@ class EndpointOptions:
             if self.connect is not None:
                 channel.check(self.connect)
 
-    def arguments(self) -> dict[str, Any]:
-        """Return what a Sender and a Receiver are told alike."""
+    @asynccontextmanager
+    async def opened(
+        self, kind: Callable[..., _Endpoint], schema: Schema, **arguments: Any
+    ) -> AsyncIterator[_Endpoint]:
+        """Start a Sender or a Receiver, and close it in the end.
+
+        Args:
+            kind: which of them.
+            schema: of its transfers.
+            arguments: what it is told besides what both are told alike.
+
+        Raises:
+            Unusable: it cannot listen there, or its plane cannot be used here.
+        """
         planes = "auto" if self.plane == "auto" else [self.plane]
-        return {"bind": self.bind, "planes": planes, **self._settings()}
+        try:
+            endpoint = kind(schema, bind=self.bind, planes=planes, **self._settings(), **arguments)
+            await endpoint.start()
+        except OSError as exc:
+            raise Unusable(f"cannot listen at {self.bind}: {exc.strerror or exc}") from exc
+        except PlaneUnavailable as exc:
+            raise Unusable(exc.message) from exc
+        async with endpoint:
+            yield endpoint
 
     def _settings(self) -> dict[str, Any]:
         return {

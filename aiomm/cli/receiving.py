@@ -77,14 +77,16 @@ async def receive_files(options: ReceiveOptions, *, console: Console, errors: Co
         options: what to do.
         console: is told the path of every file, one per line.
         errors: is told everything else.
+
+    Raises:
+        Unusable: there can be no such folder, or this side cannot be started.
     """
-    options.out.mkdir(parents=True, exist_ok=True)
-    async with _TellingReceiver(
-        options.schema or WHOLE_FILE,
-        connect=options.endpoint.connect or (),
-        **options.endpoint.arguments(),
-    ) as receiver:
-        connect = options.endpoint.connect
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise Unusable(f"--out {options.out}: {exc.strerror}") from exc
+    connect, schema = options.endpoint.connect, options.schema or WHOLE_FILE
+    async with options.endpoint.opened(_TellingReceiver, schema, connect=connect or ()) as receiver:
         where = f"from {connect}" if connect else f"at {receiver.address}"
         errors.print(f"receiving {escape(where)}", soft_wrap=True, highlight=False)
         arrivals = asyncio.create_task(receiver.gather_arrivals())

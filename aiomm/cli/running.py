@@ -22,7 +22,8 @@ class Exit(IntEnum):
     FAILED = 1
     """A transfer failed, or what arrived is not what was sent."""
     USAGE = 2
-    """The command line or a file on it is not usable, or an extra is missing."""
+    """The command line, or a file, address or plane on it, is not usable, or an extra is missing;
+    no transfer was tried."""
     INTERRUPTED = 130
     """Ctrl-C; the other side was told."""
 

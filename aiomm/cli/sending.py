@@ -45,7 +45,8 @@ async def send_files(paths: Sequence[Path], options: SendOptions, *, errors: Con
     """Send every file; stop at the first that fails.
 
     Raises:
-        Unusable: a file cannot be sent; none was, if it could be known at the start.
+        Unusable: this side cannot be started, or a file cannot be sent; none was, if it could be
+            known at the start.
     """
     request_ids = [options.request_id or request_id_of(path) for path in paths]
     twice = {one for one in request_ids if request_ids.count(one) > 1}
@@ -124,7 +125,7 @@ class _Outbox(AsyncExitStack):
         sender = self._senders.get(schema)
         if sender is None:
             endpoint = self._options.endpoint
-            sender = await self.enter_async_context(Sender(schema, **endpoint.arguments()))
+            sender = await self.enter_async_context(endpoint.opened(Sender, schema))
             self._senders[schema] = sender
             if endpoint.connect is None:
                 told = f"a receiver may connect to {escape(str(sender.address))}"
