@@ -224,6 +224,10 @@ class Receiver(Lifecycle):
             when the receiver starts.
         planes: `"auto"`, or names and :class:`~aiomm.planes.base.Plane` objects in
             order of preference.
+        on_failure: called with the request id and the error of a request that has failed and
+            that nobody awaits; from the loop, once each. It has failed at the sender's, at its
+            deadline (also if it had arrived and nobody took it), by :meth:`cancel` or by the
+            close. Until its deadline :meth:`receive` raises the error, too.
         settings: the fields of :class:`~aiomm.config.ReceiverSettings`: `blocks`,
             `block_size`, `default_blocks`, `timeout` and others.
 
@@ -243,6 +247,7 @@ class Receiver(Lifecycle):
         connect: str | Sequence[str] = (),
         device: str = "cpu",
         planes: str | Plane | Sequence[str | Plane] = "auto",
+        on_failure: Callable[[str, AiommError], object] | None = None,
         **settings: Any,
     ) -> None:
         if device != "cpu":
@@ -258,11 +263,12 @@ class Receiver(Lifecycle):
             self.settings.name or f"receiver-{os.getpid()}",
             device=device,
             takes_any=bool(contacts),
-            waiter=Waiter(self._ended, self._awaited, self._untaken),
+            waiter=Waiter(self._ended, self._failed, self._awaited, self._untaken),
         )
         for address in contacts:
             self._driver.channel.check(address)
         self._driver.standing_contacts = contacts
+        self._on_failure = on_failure
         self._waiting: dict[int, asyncio.Future[Delivery]] = {}
         self._results: dict[int, Delivery | AiommError] = {}
         """What has ended and nobody has asked for yet."""
@@ -376,7 +382,7 @@ class Receiver(Lifecycle):
     def __aiter__(self) -> AsyncIterator[Lease]:
         """Iterate over what arrives and nobody awaits by its id, expected or not, until the close.
 
-        Requests that fail are passed over.
+        Requests that fail are passed over; `on_failure` is told of them.
         """
         return self._arrivals()
 
@@ -384,13 +390,15 @@ class Receiver(Lifecycle):
         """Yield what arrives and nobody asks for by its id, until the receiver is closed."""
         await self.start()
         while not self._driver.is_closing:
-            arrived = (n for n, result in self._results.items() if isinstance(result, Delivery))
-            number = next(arrived, None)
-            if number is not None:
+            arrived = next(self._untaken(), None)
+            if arrived is not None:
+                transfer = arrived.transfer
                 try:
-                    lease = self._take(number)
+                    lease = self._take(transfer.number)
                 except ProtocolError as exc:  # one sender's metadata: no reason to end for all
                     logger.warning("! an arrival is dropped: %s", exc)
+                    assert transfer.id is not None
+                    self._tell(transfer.id.request_id, exc)
                     continue
                 yield lease
                 continue
@@ -412,6 +420,18 @@ class Receiver(Lifecycle):
             waiting.set_exception(result)
         else:
             waiting.set_result(result)
+
+    def _failed(self, number: int, request_id: str, error: AiommError) -> None:
+        """Pass a failure on to who waits for it, or keep it, and tell of it."""
+        has_been_told = isinstance(self._results.get(number), AiommError)
+        if number not in self._waiting and not has_been_told:
+            self._tell(request_id, error)
+        self._ended(number, error)
+
+    def _tell(self, request_id: str, error: AiommError) -> None:
+        """Call `on_failure`, if there is one, when all else of this turn is done."""
+        if self._on_failure is not None:
+            self._driver.loop.call_soon(_call, self._on_failure, request_id, error)
 
     def _drop(self, number: int) -> None:
         """End a request; a result that was kept for it is nobody's any more."""
@@ -471,7 +491,6 @@ class Receiver(Lifecycle):
 
     def _give_up(self, number: int, future: asyncio.Future[Delivery]) -> None:
         driver = self._driver
-        self._waiting.pop(number, None)
         if future.done() and not future.cancelled() and future.exception() is None:
             driver.discard(future.result())
             return
@@ -479,9 +498,19 @@ class Receiver(Lifecycle):
         driver.endpoint.fail(number, failure, driver.now())
         driver.endpoint.taken(number)
         driver.pump()
+        self._waiting.pop(number, None)  # until here it was awaited: nobody else is told
 
     def __repr__(self) -> str:
         return f"<Receiver {self._driver.name} at {self.address}: {self._driver.pool!r}>"
+
+
+def _call(
+    on_failure: Callable[[str, AiommError], object], request_id: str, error: AiommError
+) -> None:
+    try:
+        on_failure(request_id, error)
+    except Exception:  # the user's own: it costs nobody anything else
+        logger.exception("! on_failure could not take the failure of %r", request_id)
 
 
 def _decoded(metadata: bytes) -> dict[str, Any]:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
 
 import pytest
 
 from aiomm import (
+    AiommError,
     Cancelled,
     IncompatibleSchema,
     PoolClosed,
+    Receiver,
     Rejected,
     Sender,
     State,
     Transfer,
+    TransferTimeout,
 )
 from aiomm.planes.memory import Faults
 
@@ -31,6 +36,7 @@ from .support import (
     pair,
     same,
     tensors_of,
+    until,
 )
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -388,4 +394,106 @@ async def test_a_reception_that_is_never_awaited_is_nothing() -> None:
     async with pair() as (receiver, sender):
         receiver.receive("r")
         assert receiver.metrics()["requests_open"] == 0
+        assert_idle(receiver, sender)
+
+
+# Failures that nobody awaits.
+
+Failures: TypeAlias = "asyncio.Queue[tuple[str, AiommError]]"
+
+
+@asynccontextmanager
+async def telling_pair(**settings: Any) -> AsyncIterator[tuple[Receiver, Sender, Failures]]:
+    """Yield a pair, and what its receiver tells of failures."""
+    told: Failures = asyncio.Queue()
+    async with pair(on_failure=lambda *failure: told.put_nowait(failure), **settings) as endpoints:
+        yield *endpoints, told
+
+
+@pytest.mark.both_loops
+async def test_a_failure_that_nobody_asked_for_is_told_once() -> None:
+    """When it happens, and not again at the deadline; until then it can be asked for, too."""
+    async with telling_pair() as (receiver, sender, told):
+        for name in "ab":
+            (await granted(sender.claim(name, to=receiver.address))).cancel("no")
+            request_id, error = await told.get()
+            assert (request_id, type(error), error.message) == (name, Cancelled, "no")
+        assert await error_of(receiver.receive("b")) is error
+        receiver.cancel("a")
+        transfer = sender.claim(receiver.expect("c", timeout=0.5))
+        (await granted(transfer)).cancel("no")
+        assert (await told.get())[0] == "c"
+        if receiver._results:
+            await until(lambda: not receiver._results, receiver, "_drop")
+        await asyncio.sleep(0)
+        assert told.empty()
+        assert_idle(receiver, sender)
+
+
+async def test_an_expected_request_that_nobody_awaits_is_told_at_its_deadline() -> None:
+    """Whether it was never claimed, or has arrived and nobody takes it."""
+    async with telling_pair() as (receiver, sender, told):
+        receiver.expect("unclaimed", timeout=0.01)
+        request_id, error = await told.get()
+        assert (request_id, type(error)) == ("unclaimed", TransferTimeout)
+        assert "no sender has claimed it" in error.message
+
+        await sender.send(receiver.expect("untaken", timeout=0.5), tensors_of(5))
+        request_id, error = await told.get()
+        assert (request_id, type(error)) == ("untaken", TransferTimeout)
+        assert "nobody asked for the result" in error.message
+        assert_idle(receiver, sender)
+
+
+async def test_what_is_awaited_is_not_told() -> None:
+    """Who awaits it hears of it: from the sender, at the deadline, and by giving up himself."""
+    async with telling_pair() as (receiver, sender, told):
+        transfer = sender.claim(receiver.expect("r"))
+        waiting = asyncio.ensure_future(receiver.receive("r"))
+        await granted(transfer)
+        transfer.cancel("no")
+        assert (await error_of(waiting)).message == "no"
+
+        assert isinstance(await error_of(receiver.receive("s", timeout=0.01)), TransferTimeout)
+
+        for by_name in (True, False):
+            waiting = asyncio.ensure_future(receiver.receive("t"))
+            await asyncio.sleep(0)
+            receiver.cancel("t") if by_name else waiting.cancel()
+            await asyncio.wait([waiting])
+        await asyncio.sleep(0)
+        assert told.empty()
+        assert_idle(receiver, sender)
+
+
+async def test_what_this_side_gives_up_is_told_like_the_rest() -> None:
+    """By name, or with all others by the close, which has told everything when it returns."""
+    async with telling_pair() as (receiver, _, told):
+        for name in "abc":
+            receiver.expect(name)
+        receiver.cancel("a", "enough")
+        await receiver.aclose()
+        failures = [told.get_nowait() for _ in "abc"]
+        assert [name for name, _ in failures] == ["a", "b", "c"]
+        assert [type(error) for _, error in failures] == [Cancelled, PoolClosed, PoolClosed]
+        assert told.empty()
+
+
+async def test_a_callback_that_raises_costs_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, and called again for the next failure."""
+    called: asyncio.Queue[str] = asyncio.Queue()
+
+    def raise_for(request_id: str, error: AiommError) -> None:
+        called.put_nowait(request_id)
+        raise RuntimeError(f"bad day for {request_id}")
+
+    async with pair(on_failure=raise_for) as (receiver, sender):
+        for name in "ab":
+            (await granted(sender.claim(name, to=receiver.address))).cancel()
+            assert await called.get() == name
+            assert f"on_failure could not take the failure of '{name}'" in caplog.text
+            assert f"bad day for {name}" in caplog.text
+            assert isinstance(await error_of(receiver.receive(name)), Cancelled)
+        await sender.send(receiver.expect("r"), tensors_of(5))
+        (await receiver.receive("r")).release()
         assert_idle(receiver, sender)

@@ -32,8 +32,11 @@ async def test_one_sender_s_malformed_metadata_does_not_end_the_iteration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Garbage from one sender costs that arrival; the next one is yielded, no block is lost."""
+    failed = []
     async with (
-        aiomm.Receiver(SCHEMA, bind="tcp://127.0.0.1:*") as receiver,
+        aiomm.Receiver(
+            SCHEMA, bind="tcp://127.0.0.1:*", on_failure=lambda *failure: failed.append(failure)
+        ) as receiver,
         aiomm.Sender(SCHEMA) as sender,
     ):
         arrivals = aiter(receiver)
@@ -44,6 +47,9 @@ async def test_one_sender_s_malformed_metadata_does_not_end_the_iteration(
         with await anext(arrivals) as lease:
             assert lease.request_id == "good"
         assert receiver.metrics()["blocks_free"] == 64
+    [(request_id, error)] = failed
+    assert request_id == "bad"
+    assert "malformed" in str(error)
 
 
 async def test_a_bug_with_a_packet_costs_none_of_those_it_came_with(

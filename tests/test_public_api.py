@@ -49,7 +49,7 @@ def test_a_name_that_does_not_exist() -> None:
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        ("Receiver", "schema * bind connect device planes **settings"),
+        ("Receiver", "schema * bind connect device planes on_failure **settings"),
         ("Receiver.expect", "self request_id * timeout"),
         ("Receiver.receive", "self request * source timeout"),
         ("Receiver.cancel", "self request_id reason"),

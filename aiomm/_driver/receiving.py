@@ -77,10 +77,12 @@ class Delivery:
 
 
 class Waiter(NamedTuple):
-    """Whoever wants to know how requests end: three functions of its own."""
+    """Whoever wants to know how requests end: four functions of its own."""
 
-    ended: Callable[[int, Delivery | AiommError], None]
-    """A request is over. A delivery's blocks are the waiter's from now on."""
+    ended: Callable[[int, Delivery], None]
+    """A request is done. The delivery's blocks are the waiter's from now on."""
+    failed: Callable[[int, str, AiommError], None]
+    """A request, with that number and id, has failed."""
     awaited: Callable[[], Iterable[int]]
     """The requests that somebody waits for."""
     untaken: Callable[[], Iterable[Delivery]]
@@ -216,12 +218,11 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                     self.spawn(self._verify(command), f"verify {number}")
             case MoveOut() | Join():
                 self._copy_out(command)
-            case Fail(number, failure, story):
+            case Fail(number, failure, story, request_id):
                 logger.info("x request %d failed: %s: %s", number, *failure)
                 self._take_joined(number)
-                self.waiter.ended(
-                    number, error_from(failure, story=story, is_closing=self.is_closing)
-                )
+                error = error_from(failure, story=story, is_closing=self.is_closing)
+                self.waiter.failed(number, request_id, error)
             case CompareProbe():
                 arrived = self._exports.has_arrived(command.link, command.plane, command.nonce)
                 self.endpoint.probed(command.peer, command.plane, arrived)

@@ -179,6 +179,8 @@ class Fail:
     failure: Failure
     story: tuple[str, ...] = field(default=(), compare=False)
     """The states that the transfer passed, with seconds."""
+    request_id: str = field(default="", compare=False)
+    """At the receiver: which one it was. The request itself may be forgotten by now."""
 
 
 class Serve(msgspec.Struct, frozen=True):

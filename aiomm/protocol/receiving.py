@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import msgspec
@@ -304,7 +304,8 @@ class ReceiveEndpoint(Endpoint):
             self.fail(number, Failure(Reason.TIMEOUT, message), now)
         else:
             message = f"nobody asked for the result of {request.request_id!r} in time"
-            self._do([Fail(number, Failure(Reason.TIMEOUT, message))])
+            failure = Failure(Reason.TIMEOUT, message)
+            self._do([Fail(number, failure, request_id=request.request_id)])
         self._close(request)
 
     def _frame_received(self, session: Session, frame: Frame, now: float) -> None:
@@ -502,7 +503,9 @@ class ReceiveEndpoint(Endpoint):
     def _apply(self, request: _Request, commands: Iterable[Command]) -> None:
         session = self.sessions.get(request.peer)
         for command in commands:
-            if not isinstance(command, SendFrame):
+            if isinstance(command, Fail):
+                self._commands.append(replace(command, request_id=request.request_id))
+            elif not isinstance(command, SendFrame):
                 self._commands.append(command)
             elif session is not None:
                 session.send(command.frame)
