@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.markup import escape
 
-from .._driver.receiving import Delivery
 from ..errors import AiommError
 from ..receiver import Lease, Receiver
 from ..types import Schema
@@ -42,32 +41,7 @@ class _Failed:
     error: AiommError
 
 
-class _TellingReceiver(Receiver):
-    """A receiver that also tells of arrivals that failed, which iterating passes over."""
-
-    def __init__(self, schema: Schema, **settings: Any) -> None:
-        super().__init__(schema, **settings)
-        self.outcomes: asyncio.Queue[Lease | _Failed] = asyncio.Queue()
-        self._told: set[int] = set()
-
-    def _ended(self, number: int, result: Delivery | AiommError) -> None:
-        """Pass on what the driver says, and tell each failure once."""
-        if isinstance(result, AiommError) and number not in self._told:
-            self._told.add(number)
-            self.outcomes.put_nowait(_Failed(self._request_id(number), result))
-        super()._ended(number, result)
-
-    def _request_id(self, number: int) -> str:
-        try:
-            transfer = self._driver.endpoint.transfer(number)
-        except KeyError:  # given up at its deadline, which the error's message names
-            return "a transfer"
-        return "a transfer" if transfer.id is None else transfer.id.request_id
-
-    async def gather_arrivals(self) -> None:
-        """Put every lease into the queue of outcomes, until the receiver is closed."""
-        async for lease in self:
-            self.outcomes.put_nowait(lease)
+_Outcomes: TypeAlias = asyncio.Queue[Lease | _Failed]
 
 
 async def receive_files(options: ReceiveOptions, *, console: Console, errors: Console) -> Exit:
@@ -85,27 +59,39 @@ async def receive_files(options: ReceiveOptions, *, console: Console, errors: Co
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise Unusable(f"--out {options.out}: {exc.strerror}") from exc
-    connect, schema = options.endpoint.connect, options.schema or WHOLE_FILE
-    async with options.endpoint.opened(_TellingReceiver, schema, connect=connect or ()) as receiver:
+    outcomes: _Outcomes = asyncio.Queue()
+    connect = options.endpoint.connect
+    async with options.endpoint.opened(
+        Receiver,
+        options.schema or WHOLE_FILE,
+        connect=connect or (),
+        on_failure=lambda *failure: outcomes.put_nowait(_Failed(*failure)),
+    ) as receiver:
         where = f"from {connect}" if connect else f"at {receiver.address}"
         errors.print(f"receiving {escape(where)}", soft_wrap=True, highlight=False)
-        arrivals = asyncio.create_task(receiver.gather_arrivals())
+        arrivals = asyncio.create_task(_gather_arrivals(receiver, outcomes))
         try:
-            return await _keep(receiver, options, console, errors)
+            return await _keep(outcomes, options, console, errors)
         finally:
             arrivals.cancel()
-            while not receiver.outcomes.empty():
-                left = receiver.outcomes.get_nowait()
+            while not outcomes.empty():
+                left = outcomes.get_nowait()
                 if isinstance(left, Lease):
                     left.release()
 
 
+async def _gather_arrivals(receiver: Receiver, outcomes: _Outcomes) -> None:
+    """Put every lease into the queue of outcomes, until the receiver is closed."""
+    async for lease in receiver:
+        outcomes.put_nowait(lease)
+
+
 async def _keep(
-    receiver: _TellingReceiver, options: ReceiveOptions, console: Console, errors: Console
+    outcomes: _Outcomes, options: ReceiveOptions, console: Console, errors: Console
 ) -> Exit:
     code, num_over = Exit.OK, 0
     while options.count is None or num_over < options.count:
-        outcome = await receiver.outcomes.get()
+        outcome = await outcomes.get()
         num_over += 1
         if isinstance(outcome, _Failed):
             name = type(outcome.error).__name__
