@@ -17,6 +17,8 @@ import torch
 
 from aiomm import Field
 from aiomm.buffers.memcpy import is_streaming
+from aiomm.cli import doctor
+from aiomm.cli.doctor import OTHER_VARIABLES, TESTS_PREFIX
 from aiomm.cli.files import field_from, field_option, file_stem
 from aiomm.control.keys import write_key_pair
 from tests.command import outcome_of
@@ -271,6 +273,10 @@ GOOGLE_LOG = r"^WARNING: Logging before|Local segment descriptor not found$"
 @pytest.mark.timeout(90)
 async def test_doctor_tries_the_planes_and_tells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_MULTIMODAL_BLOCK_SIZE", "256")
+    monkeypatch.setenv("AIOMM_BLOKS", "")  # as good as not set
+    for name, value in zip(OTHER_VARIABLES, ("auto", "1", "P2PHANDSHAKE"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(f"{TESTS_PREFIX}SEEDS", "1")
     done = await outcome_of("doctor", "--json")
     # Mooncake's engine logs one line whenever it begins, and a warning that it logs there.
     errors = [line for line in done.errors.splitlines() if not re.search(GOOGLE_LOG, line)]
@@ -301,6 +307,16 @@ async def test_doctor_tries_the_planes_and_tells_the_rest(monkeypatch: pytest.Mo
 @pytest.mark.timeout(90)
 async def test_doctor_finds_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIOMM_POOL_BLOCKS", "many")
+    monkeypatch.setenv("AIOMM_BLOKS", "3")
     done = await outcome_of("doctor")
     assert done.code == 1
     assert "variable AIOMM_POOL_BLOCKS='many'" in done.output
+    unread = "variable AIOMM_BLOKS: nothing reads it; the nearest known one is AIOMM_BLOCKS"
+    assert unread in done.output
+
+
+def test_doctor_knows_every_variable_that_is_read() -> None:
+    package = Path(doctor.__file__).parents[1]
+    sources = [path.read_text() for path in package.rglob("*.py")]
+    named = {name for each in sources for name in re.findall(r'VARIABLE = "(AIOMM_\w+)"', each)}
+    assert named == set(OTHER_VARIABLES)

@@ -8,8 +8,9 @@ import platform
 import resource
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,13 +24,16 @@ from ..buffers.layout import ByteRange
 from ..buffers.memcpy import is_streaming
 from ..buffers.shm import MemfdArena
 from ..buffers.tensors import TokenRows
-from ..config import ReceiverSettings, SenderSettings, settings_from, variables_of
+from ..config import PREFIX, ReceiverSettings, SenderSettings, settings_from, variables_of
 from ..control.keys import keys_from
 from ..demo.loops import loop_factory
 from ..errors import AiommError
+from ..gpu.choice import VARIABLE as RUNTIME_VARIABLE
 from ..gpu.choice import gpu_runtime
+from ..gpu.fake.runtime import DEVICES_VARIABLE
 from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Place, Plane, Run
+from ..planes.mooncake import METADATA_VARIABLE
 from ..planes.registry import known_planes
 from ..types import Field
 from .doctor_view import show_findings
@@ -52,6 +56,10 @@ PACKAGES = (
     "mooncake-transfer-engine-cuda13",
     "cuda-bindings",
 )
+OTHER_VARIABLES = (RUNTIME_VARIABLE, DEVICES_VARIABLE, METADATA_VARIABLE)
+"""Those that are read, and are no settings."""
+TESTS_PREFIX = f"{PREFIX}SIMULATION_"
+"""Of variables that our tests read."""
 TRIAL_NBYTES = 1 << 20
 TRIAL_SECONDS = 10.0
 
@@ -228,7 +236,7 @@ def _shown(setting: str, value: str | None) -> str | None:
 
 
 def _problems(planes: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what stands in the way of any transfer on this machine."""
+    """Return what stands in the way of any transfer here, or is not as somebody meant it."""
     problems = []
     if not any(planes[name]["usable"] for name in ("shm", "tcp")):
         problems.append("neither shm nor tcp can be used")
@@ -237,7 +245,17 @@ def _problems(planes: Mapping[str, Mapping[str, Any]]) -> list[str]:
             keys_from(settings_from(kind, {}))
         except ValueError as exc:
             problems.append(str(exc))
-    return list(dict.fromkeys(problems))
+    return [*dict.fromkeys(problems), *_misspelled(os.environ)]
+
+
+def _misspelled(environ: Mapping[str, str]) -> Iterator[str]:
+    """Tell of every variable that has our prefix and is not read, and which may be meant."""
+    read = [*_environment(), *OTHER_VARIABLES]
+    ours = [name for name, value in environ.items() if value and name.startswith(PREFIX)]
+    for variable in sorted(set(ours).difference(read)):
+        if not variable.startswith(TESTS_PREFIX):
+            [nearest] = get_close_matches(variable, read, n=1, cutoff=0)
+            yield f"variable {variable}: nothing reads it; the nearest known one is {nearest}"
 
 
 async def diagnose(*, as_json: bool, console: Console) -> Exit:
