@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TransferTimeout,
     )
     from .protocol.states import State
-    from .receiver import Lease, Receiver
+    from .receiver import Lease, Receiver, Reception
     from .sender import OfferedTicket, Sender, Transfer
     from .types import Allocation, Extent, Field, Schema, Ticket, TransferStats
 
@@ -41,6 +41,7 @@ _HOMES = {
     "PoolClosed": ".errors",
     "ProtocolError": ".errors",
     "Receiver": ".receiver",
+    "Reception": ".receiver",
     "Rejected": ".errors",
     "Schema": ".types",
     "Sender": ".sender",
@@ -65,6 +66,7 @@ __all__ = [
     "PoolClosed",
     "ProtocolError",
     "Receiver",
+    "Reception",
     "Rejected",
     "Schema",
     "Sender",

@@ -389,6 +389,17 @@ async def test_a_request_that_was_taken_is_another_one_when_asked_for_again() ->
         assert_idle(receiver, sender)
 
 
+async def test_a_task_of_either_handle() -> None:
+    """They are awaitables and no coroutines: `ensure_future` takes them."""
+    async with pair() as (receiver, sender):
+        transfer = sender.claim(receiver.expect("r"))
+        sending = asyncio.ensure_future(transfer)
+        receiving = asyncio.ensure_future(receiver.receive("r"))
+        transfer.send(tensors_of(5))
+        (await receiving).release()
+        assert (await sending).num_tokens == 5
+
+
 async def test_a_reception_that_is_never_awaited_is_nothing() -> None:
     """`receive` begins when it is awaited or entered."""
     async with pair() as (receiver, sender):

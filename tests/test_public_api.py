@@ -22,6 +22,7 @@ NAMES = [
     "PoolClosed",
     "ProtocolError",
     "Receiver",
+    "Reception",
     "Rejected",
     "Schema",
     "Sender",
