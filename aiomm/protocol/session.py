@@ -16,7 +16,6 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from .frames import PROTOCOL_VERSION, Ack, Frame, Goodbye, Hello, Packet, Ping, Pong, encode
@@ -27,6 +26,10 @@ NEVER: Final = math.inf
 """A time that does not come."""
 
 MAX_EARLY_FRAMES = 256
+"""Kept while an earlier one is missing. No more are on their way at once, so that none of them is
+too early, even if a better path overtakes all that is still on another one."""
+ACKNOWLEDGE_EVERY = 64
+"""One frame in so many is acknowledged at once: others may wait for room behind it."""
 MAX_UNACKNOWLEDGED = 8192
 
 
@@ -129,6 +132,8 @@ class Session:
         self._delivered = 0
         self._unsent: list[tuple[int, Frame]] = []
         """Frames that were never handed to the channel."""
+        self._held: list[tuple[int, Frame]] = []
+        """Those behind them, while there is no room for more; see MAX_EARLY_FRAMES."""
         self._unacknowledged: deque[tuple[int, Frame]] = deque()
         """Those that were, until the peer has acknowledged them."""
         self._early: dict[int, Frame] = {}
@@ -159,11 +164,15 @@ class Session:
 
         A peer that leaves thousands unacknowledged counts as silent, and gets no more.
         """
-        if len(self._unacknowledged) + len(self._unsent) >= MAX_UNACKNOWLEDGED:
+        if len(self._unacknowledged) + len(self._unsent) < MAX_EARLY_FRAMES:
+            queue = self._unsent
+        elif len(self._held) < MAX_UNACKNOWLEDGED - MAX_EARLY_FRAMES:
+            queue = self._held
+        else:
             self.is_choked = True
             return
         self._sent += 1
-        self._unsent.append((self._sent, frame))
+        queue.append((self._sent, frame))
         self._changed(self)
 
     def say(self, frame: Frame) -> None:
@@ -177,6 +186,7 @@ class Session:
         Nobody will repeat that any more, and on a better path the last word would overtake it.
         """
         self._resend_at = -NEVER
+        self._release(len(self._held))
         self.say(goodbye)
 
     def greeting(self) -> bytes:
@@ -197,7 +207,9 @@ class Session:
         sequence, frame = packet.sequence, packet.frame
         if sequence == 0:
             return self._unsequenced(frame)
-        if self._acknowledge_at == NEVER:
+        if sequence % ACKNOWLEDGE_EVERY == 0:
+            self._acknowledge_at = now
+        elif self._acknowledge_at == NEVER:
             self._acknowledge_at = now + self._timing.acknowledge
         if sequence == self._delivered + 1 and not self._early:
             self._delivered = sequence
@@ -286,13 +298,19 @@ class Session:
             pending.popleft()
         self._resend_after = self._timing.resend_first
         self._resend_at = now + self._resend_after if pending else NEVER
+        if self._held:
+            self._release(max(0, MAX_EARLY_FRAMES - len(pending) - len(self._unsent)))
+
+    def _release(self, count: int) -> None:
+        """Let so many frames go out for which there was no room."""
+        self._unsent += self._held[:count]
+        del self._held[:count]
 
     def _sequenced(self, now: float) -> list[tuple[int, Frame]]:
         """The frames that were never sent, behind those that the peer has not answered in time."""
         chosen: list[tuple[int, Frame]] = []
         if self._resend_at <= now:
-            # The peer keeps no more than so many that are too early.
-            chosen += islice(self._unacknowledged, MAX_EARLY_FRAMES)
+            chosen += self._unacknowledged
             self._resend_after = min(2 * self._resend_after, self._timing.resend_last)
             self._resend_at = now + self._resend_after
         if self._unsent:

@@ -11,6 +11,7 @@ from aiomm.errors import Reason
 from aiomm.protocol import frames
 from aiomm.protocol.frames import Frame, Hello, Packet, decode, specs_of
 from aiomm.protocol.session import (
+    ACKNOWLEDGE_EVERY,
     MAX_EARLY_FRAMES,
     MAX_UNACKNOWLEDGED,
     NEVER,
@@ -178,6 +179,16 @@ class TestReceiving:
         (alone,) = out(end, 0.125)
         assert (type(alone.frame), alone.acknowledged) == (frames.Ack, 2)
 
+    def test_one_frame_in_many_is_acknowledged_at_once(self) -> None:
+        """Whoever sends thousands waits for room."""
+        end = session()
+        told = []
+        for number in range(1, 2 * ACKNOWLEDGE_EVERY + 2):
+            end.receive(frame(number), 0.0)
+            told += [each.acknowledged for each in out(end, 0.0)]
+        assert told == [ACKNOWLEDGE_EVERY, 2 * ACKNOWLEDGE_EVERY]
+        assert end.next_deadline() == pytest.approx(0.025)
+
     def test_repeated_frames_are_acknowledged_again(self) -> None:
         """Or their sender would never stop."""
         end = session()
@@ -267,6 +278,27 @@ class TestSilence:
 class TestPaths:
     """Several ways to one peer."""
 
+    def test_a_burst_behind_which_the_path_changes_is_sent_once(self) -> None:
+        """What goes over the better path overtakes the rest, and none of it is too early."""
+        near, far = session(local=1, peer=2), session(local=2, peer=1)
+        queues: dict[Path, list[bytes]] = {SLOW: [], FAST: []}
+        arrived: list[int] = []
+        for number in range(1, 1001):
+            near.send(redeem(number))
+            queues[near.paths[0]] += near.packets(0.0)
+            if number == 100:
+                near.add_path(FAST)
+        for turn in range(500):
+            now = turn / 1000
+            for path, at_once in ((FAST, 40), (SLOW, 10)):
+                for encoded in queues[path][:at_once]:
+                    arrived += numbers(far.receive(decode(encoded), now))
+                del queues[path][:at_once]
+            for encoded in far.packets(now):
+                near.receive(decode(encoded), now)
+            queues[near.paths[0]] += near.packets(now)
+        assert (arrived, far.ignored) == (list(range(1, 1001)), 0)
+
     def test_the_best_path_is_used(self) -> None:
         """Whatever came first; the same one twice is one."""
         end = session()
@@ -299,6 +331,8 @@ class LossyLink:
     """Two ends over a channel that loses, repeats and reorders, in virtual time."""
 
     seed: int
+    at_once: int = 1
+    """Frames of a burst."""
     received: dict[int, list[int]] = field(default_factory=lambda: {1: [], 2: []})
 
     def run(self, num_frames: int) -> float:
@@ -313,8 +347,9 @@ class LossyLink:
             assert now < 600, "frames never arrived"
             for local, end in ends.items():
                 if sent[local] < num_frames and chance.random() < 0.2:
-                    sent[local] += 1
-                    end.send(redeem(sent[local]))
+                    for _ in range(self.at_once):
+                        sent[local] += 1
+                        end.send(redeem(sent[local]))
                 for encoded in end.packets(now):
                     copies = chance.choice([0, 0, 1, 1, 1, 2])
                     flying += [
@@ -336,20 +371,55 @@ def test_every_frame_arrives_once_and_in_order(seed: int) -> None:
     assert link.received == {1: list(range(1, 61)), 2: list(range(1, 61))}
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_every_frame_of_a_burst_arrives_once_and_in_order(seed: int) -> None:
+    """Also those for which there was no room at first."""
+    link = LossyLink(seed, at_once=400)
+    link.run(800)
+    assert link.received == {1: list(range(1, 801)), 2: list(range(1, 801))}
+
+
 class TestPeersThatDoNotAnswer:
     """What a silent or hostile peer can pile up is bounded."""
 
-    def test_only_a_window_is_sent_again(self) -> None:
-        """As much as the peer keeps early; the rest follows when that is acknowledged."""
+    def test_no_more_are_on_their_way_than_the_peer_keeps_early(self) -> None:
+        """The others follow as soon as there is room for them; only the former go again."""
         end = session()
         for number in range(1, 601):
             end.send(redeem(number))
-        assert len(out(end, 0.0)) == 600
-        again = sequences(out(end, 0.2))
-        assert again == list(range(1, MAX_EARLY_FRAMES + 1))
-        end.receive(ack(MAX_EARLY_FRAMES), 0.3)
-        again = sequences(out(end, 0.5))
-        assert again == list(range(MAX_EARLY_FRAMES + 1, 2 * MAX_EARLY_FRAMES + 1))
+        window = list(range(1, MAX_EARLY_FRAMES + 1))
+        assert sequences(out(end, 0.0)) == window
+        assert out(end, 0.1) == []
+        end.receive(ack(50), 0.1)
+        assert sequences(out(end, 0.1)) == [MAX_EARLY_FRAMES + each for each in range(1, 51)]
+        assert sequences(out(end, 0.31)) == [50 + each for each in window]
+        end.receive(ack(50 + MAX_EARLY_FRAMES), 0.4)
+        assert sequences(out(end, 0.4)) == [50 + MAX_EARLY_FRAMES + each for each in window]
+        end.receive(ack(562), 0.5)
+        assert sequences(out(end, 0.5)) == list(range(563, 601))
+        end.receive(ack(600), 0.6)
+        assert end.next_deadline() == NEVER
+
+    def test_a_peer_that_reads_slowly_is_sent_nothing_twice_while_it_goes_on(self) -> None:
+        """An acknowledgement lets new frames go, never old ones."""
+        end = session()
+        for number in range(1, 2001):
+            end.send(redeem(number))
+        sent = sequences(out(end, 0.0))
+        for step in range(1, 201):
+            now = 0.1 * step
+            end.receive(ack(10 * step), now)
+            sent += sequences(out(end, now))
+        assert sent == list(range(1, 2001))
+
+    def test_the_last_word_waits_for_no_room(self) -> None:
+        """All that was still to be sent goes out in front of it."""
+        end = session()
+        for number in range(1, 601):
+            end.send(redeem(number))
+        out(end, 0.0)
+        end.say_last(frames.Goodbye(Reason.CLOSED, "bye"))
+        assert sequences(out(end, 0.1)) == [*range(1, 601), 0]
 
     def test_new_frames_go_out_beside_those_that_go_again(self) -> None:
         """A frame queued just when others are due is not held back."""
@@ -367,7 +437,7 @@ class TestPeersThatDoNotAnswer:
         assert not end.is_silent(0.0)
         end.send(redeem(0))
         assert end.is_silent(0.0)
-        assert len(out(end, 0.0)) == MAX_UNACKNOWLEDGED
+        assert len(out(end, 0.0)) == MAX_EARLY_FRAMES
 
     def test_who_was_lost_for_that_and_comes_back_gets_frames_again(self) -> None:
         """Once it has acknowledged the old ones, it counts as silent no more."""
@@ -377,7 +447,8 @@ class TestPeersThatDoNotAnswer:
             end.send(redeem(number % 1000))
         out(end, 0.0)
         end.lose()
-        end.receive(ack(MAX_UNACKNOWLEDGED), 1.0)
+        while again := out(end, 1.0):
+            end.receive(ack(again[-1].sequence), 1.0)
         assert not end.is_silent(1.0)
         end.send(redeem(1))
         assert sequences(out(end, 1.0)) == [MAX_UNACKNOWLEDGED + 1]
