@@ -8,7 +8,8 @@ message; and `ROUTER_MANDATORY`, with which one vanished peer closes the socket 
 only while this module itself asks ZeroMQ whether a peer is still there.
 
 What follows from that and cannot be mended: a packet to a peer that connected to us and does not
-keep up, or is gone, vanishes although `send` returned True.
+keep up, or is gone, vanishes although `send` returned True; and a message is read in one turn of
+the loop, however many frames a stranger puts into it.
 """
 
 from __future__ import annotations

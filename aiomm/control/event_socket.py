@@ -19,6 +19,9 @@ import zmq
 __all__ = ["EventMonitor", "EventSocket", "Intake", "Pump"]
 
 MESSAGES_PER_TURN = 64
+MAX_FRAMES = 16
+"""Of one message. Packets come in two, questions about keys in nine; a stranger's message can have
+millions of tiny ones."""
 
 
 class Intake(Protocol):
@@ -59,6 +62,8 @@ class EventSocket:
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._next_look: asyncio.Handle | None = None
         self._is_draining = False
+        self._is_refusing = False
+        """The next frames still belong to a message that had too many."""
         self._is_closed = False
         loop.add_reader(self._descriptor, self._drain)
         self.look()
@@ -108,11 +113,25 @@ class EventSocket:
             if self._is_closed:
                 return True
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._receive()
             except zmq.Again:
                 return True
-            self._intake.message_received(frames)
+            if frames:
+                self._intake.message_received(frames)
         return False
+
+    def _receive(self) -> list[bytes]:
+        """Return one whole message. Of one with too many frames, drop a few: return none."""
+        frames = [self._socket.recv(zmq.NOBLOCK)]
+        while self._socket.getsockopt(zmq.RCVMORE):
+            if len(frames) == MAX_FRAMES:
+                self._is_refusing = True
+                return []
+            frames.append(self._socket.recv(zmq.NOBLOCK))
+        if self._is_refusing:
+            self._is_refusing = False
+            return []
+        return frames
 
 
 class EventMonitor:

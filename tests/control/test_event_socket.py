@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import zmq
 
-from aiomm.control.event_socket import MESSAGES_PER_TURN, EventSocket
+from aiomm.control.event_socket import MAX_FRAMES, MESSAGES_PER_TURN, EventSocket
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -75,6 +75,31 @@ async def test_a_message_whose_wake_up_a_send_swallowed_is_found() -> None:
             far.send(b"message")
             driven.send([b"swallows the edge"])
             await until_messages(inbox, number + 1)
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("num_frames", [MAX_FRAMES + 1, 2 * MAX_FRAMES, 3 * MAX_FRAMES + 1])
+async def test_nothing_of_a_message_with_too_many_frames_is_delivered(num_frames: int) -> None:
+    inbox = Inbox()
+    messages: list[list[bytes]] = []
+    inbox.on_message = messages.append
+    longest = [b"frame"] * MAX_FRAMES
+    async with pair(inbox) as (_, far):
+        for message in (longest, [b"dropped"] * num_frames, [b"one"], [b"dropped"] * num_frames):
+            far.send_multipart(message)
+        far.send_multipart(longest)
+        await until_messages(inbox, 3)
+    assert messages == [longest, [b"one"], longest]
+
+
+@pytest.mark.both_loops
+async def test_a_message_of_many_frames_is_dropped_a_few_in_a_turn() -> None:
+    inbox = Inbox()
+    async with pair(inbox) as (_, far):
+        far.send_multipart([b"frame"] * (10 * MAX_FRAMES * MESSAGES_PER_TURN))
+        far.send(b"message")
+        await until_messages(inbox, 1)
+    assert inbox.turns[0] > 10
 
 
 @pytest.mark.both_loops
