@@ -181,15 +181,20 @@ class ChannelSocket(ABC):
         """Whether the socket is closed."""
         return self.zmq_socket.closed
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether room in a full queue may come at any time."""
+        return True
+
     def _arm_retry(self) -> None:
-        if self._retry is None and not self.zmq_socket.closed:
+        waits = bool(self._blocked) and self.is_connected
+        if waits and self._retry is None and not self.zmq_socket.closed:
             self._retry = self._loop.call_later(RETRY_DELAY, self._retry_backlogs)
 
     def _retry_backlogs(self) -> None:
         self._retry = None
         self.turn_began()
-        if self._blocked:
-            self._arm_retry()
+        self._arm_retry()
 
     def _flush(self, peer: ZmqPeer) -> bool:
         """Send of one backlog what fits; return whether nothing is left to try."""
@@ -254,6 +259,11 @@ class DealerSocket(ChannelSocket):
         self.zmq_socket.setsockopt(zmq.IDENTITY, identity)
 
     @property
+    def is_connected(self) -> bool:
+        """Nothing leaves before somebody listens: then the backlog is tried again."""
+        return self._is_connected
+
+    @property
     def linger_ms(self) -> int:
         """Nothing can leave while nobody is there: do not wait for it."""
         return FAREWELL_MS if self._is_connected and not self._cause else 0
@@ -282,6 +292,7 @@ class DealerSocket(ChannelSocket):
                 recover_quickly(value)
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._is_connected = True
+                self._arm_retry()
             case zmq.EVENT_DISCONNECTED if self._is_connected:
                 self._end("the connection ended")
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:

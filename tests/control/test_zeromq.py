@@ -11,12 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import zmq
 
 from aiomm.control.base import MAX_PACKET_NBYTES
+from aiomm.control.sockets import RETRY_DELAY
 from aiomm.control.zeromq import Limits, ZmqChannel
 
 from .contract import ChannelContract, address_of, round_trips
@@ -175,6 +176,32 @@ async def test_a_peer_that_reads_late_gets_everything_that_was_taken() -> None:
         assert got == taken
     await channel.aclose()
     await loop.shutdown_default_executor()
+
+
+async def test_a_backlog_to_nobody_is_not_tried_before_somebody_listens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, delays = asyncio.get_running_loop(), []
+    call_later = loop.call_later
+
+    def noted(delay: float, *args: Any, **more: Any) -> asyncio.TimerHandle:
+        delays.append(delay)
+        return call_later(delay, *args, **more)
+
+    monkeypatch.setattr(loop, "call_later", noted)
+    address, told = free_tcp_address(), Recorder()
+    channel = ZmqChannel(None, name="early", limits=Limits(queue_packets=2))
+    await channel.start(Recorder())
+    peer = channel.connect(address)
+    packets = [b"%d" % number for number in range(500)]
+    assert all(channel.send(peer, packet) for packet in packets)
+    assert RETRY_DELAY not in delays
+    listener = ZmqChannel(address, name="late", limits=Limits(queue_packets=2))
+    await listener.start(told)
+    await told.until_packets(len(packets))
+    assert told.packets == packets
+    await channel.aclose()
+    await listener.aclose()
 
 
 @pytest.mark.parametrize(
