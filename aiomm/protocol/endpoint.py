@@ -137,8 +137,7 @@ class Endpoint(ABC):
             self._do([Leave(path)])
         for session in self._agenda.due(now):
             if session.is_silent(now):
-                silence = f"the peer has not answered for {self._timing.peer_timeout:g} s"
-                self._lose(session, Failure(Reason.PEER_LOST, silence), now)
+                self._lose(session, Failure(Reason.PEER_LOST, session.silence), now)
 
     # What the driver takes out.
 

@@ -251,6 +251,13 @@ class Session:
             self.is_choked or now >= self._last_heard + self._timing.peer_timeout
         )
 
+    @property
+    def silence(self) -> str:
+        """Say why :meth:`is_silent`."""
+        if self.is_choked:
+            return f"the peer has left {MAX_UNACKNOWLEDGED} frames unacknowledged"
+        return f"the peer has not answered for {self._timing.peer_timeout:g} s"
+
     def begin_waiting(self, now: float) -> None:
         """Start the clock of silence: from now on somebody waits for this peer."""
         if self.is_lost or not self._waits_for_peer():

@@ -435,8 +435,10 @@ class TestPeersThatDoNotAnswer:
         for number in range(1, MAX_UNACKNOWLEDGED + 1):
             end.send(redeem(number % 1000))
         assert not end.is_silent(0.0)
+        assert end.silence == "the peer has not answered for 15 s"
         end.send(redeem(0))
         assert end.is_silent(0.0)
+        assert end.silence == f"the peer has left {MAX_UNACKNOWLEDGED} frames unacknowledged"
         assert len(out(end, 0.0)) == MAX_EARLY_FRAMES
 
     def test_who_was_lost_for_that_and_comes_back_gets_frames_again(self) -> None:
