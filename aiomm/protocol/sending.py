@@ -7,6 +7,7 @@ it waits for a receiver that asks for it by its request id, or for one that take
 from __future__ import annotations
 
 import hmac
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -85,6 +86,9 @@ class SendEndpoint(Endpoint):
         self._generation = 0
         self._opened: dict[int, _Opened] = {}
         self._waiting: dict[int, _Opened] = {}
+        """Those that no receiver was offered yet, oldest first."""
+        self._unaddressed: defaultdict[str, dict[int, _Opened]] = defaultdict(dict)
+        """Of these, by request id, those that wait for a receiver to ask."""
         self._regrets: dict[int, _Opened] = {}
         """Given up before the first contact; the receiver waits, and is told when it is there."""
         self._offers: dict[str, _Offered] = {}
@@ -303,6 +307,14 @@ class SendEndpoint(Endpoint):
         self._set_deadline(opened.deadline, self._generation)
         return opened
 
+    def _end_waiting(self, transfer: TransferId) -> None:
+        self._waiting.pop(transfer.generation, None)
+        if transfer.request_id in self._unaddressed:
+            same_id = self._unaddressed[transfer.request_id]
+            same_id.pop(transfer.generation, None)
+            if not same_id:
+                del self._unaddressed[transfer.request_id]
+
     def _find_receiver(self, opened: _Opened, now: float) -> None:
         """Serve the receiver that has waited longest for this id, else one that takes anything."""
         first = self._wanted.take(opened.transfer.id.request_id, now)
@@ -317,10 +329,13 @@ class SendEndpoint(Endpoint):
         if takers:
             idlest = min(takers, key=lambda session: len(self._of_peer.get(session.peer_epoch, ())))
             self._offer_to(opened, idlest, 0, now)
+        else:
+            request_id, generation = opened.transfer.id
+            self._unaddressed[request_id][generation] = opened
 
     def _offer_to(self, opened: _Opened, session: Session, redemption: int, now: float) -> None:
         generation = opened.transfer.id.generation
-        self._waiting.pop(generation, None)
+        self._end_waiting(opened.transfer.id)
         obstacle = self._obstacle(opened, session)
         if obstacle is not None:
             self._feed(generation, events.Failed(obstacle), now)
@@ -391,7 +406,7 @@ class SendEndpoint(Endpoint):
         if opened.transfer.is_settled:
             generation = opened.transfer.id.generation
             self._opened.pop(generation, None)
-            self._waiting.pop(generation, None)
+            self._end_waiting(opened.transfer.id)
             self._untie(generation, opened.peer)
 
     # Offers and what receivers ask for.
@@ -400,10 +415,11 @@ class SendEndpoint(Endpoint):
         if frame.key:
             self._redeem_offer(session, frame, now)
             return
-        for opened in self._waiting.values():
-            if opened.is_unaddressed and opened.transfer.id.request_id == frame.request_id:
-                self._offer_to(opened, session, frame.redemption, now)
-                return
+        waiting = self._unaddressed.get(frame.request_id)
+        if waiting:
+            oldest = next(iter(waiting.values()))
+            self._offer_to(oldest, session, frame.redemption, now)
+            return
         self._wanted.expire(now)
         if len(self._wanted) >= self._max_waiting:
             session.send(frames.Refuse(frame.redemption, Reason.BUSY, "too many receivers wait"))

@@ -110,6 +110,14 @@ class Sending(Process):
 
     def check(self) -> None:
         """Check that what has been transferred only grows."""
+        super().check()
+        unaddressed = [n for n, each in self.endpoint._waiting.items() if each.is_unaddressed]
+        by_id = self.endpoint._unaddressed
+        if (
+            not all(by_id.values())
+            or sorted(n for each in by_id.values() for n in each) != unaddressed
+        ):
+            raise Violation(f"{unaddressed} have no address, but {by_id} are found")
         for generation, core in self.opened.items():
             self.check_progress(generation, core.transferred_tokens)
 

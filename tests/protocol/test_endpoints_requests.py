@@ -329,6 +329,20 @@ class TestBareRequestIds:
         assert reason(pair.receiver, number) is None
         pair.check_settled()
 
+    def test_the_oldest_that_still_waits_is_served(self) -> None:
+        """Not one of another id, one that was given up, or one that goes elsewhere."""
+        pair = Pair()
+        pair.open("request", to="nobody", tokens=1)
+        given_up = pair.open("request", to=None, tokens=2)
+        pair.open("another", to=None, tokens=3)
+        for tokens in (4, 5):
+            pair.open("request", to=None, tokens=tokens)
+        pair.give_up(pair.sender, given_up)
+        for tokens in (4, 5):
+            number = pair.redeem(key=b"")
+            pair.wait()
+            assert len(pair.receiver.delivered[number].content) == tokens
+
     def test_several_wait_for_the_same_id(self) -> None:
         """First come, first served; the next transfer is for the next."""
         pair = Pair()
