@@ -46,6 +46,8 @@ class Endpoint(ABC):
         """What was ignored, and why."""
         self._timing = timing
         self._max_peers = max_peers
+        self._at_path: defaultdict[Path, list[Session]] = defaultdict(list)
+        """The sessions that may use each path: mostly one."""
         self._contacts: dict[Path, Contact] = {}
         """First contacts that wait for the peer's Hello."""
         self._ended: dict[int, None] = {}
@@ -101,7 +103,7 @@ class Endpoint(ABC):
         failure = Failure(Reason.PEER_LOST, cause)
         if self._contacts.pop(path, None) is not None:
             self._contact_failed(path, failure, now)
-        for session in list(self.sessions.values()):
+        for session in list(self._at_path.get(path, ())):
             self._leave_path(session, path, failure, now)
 
     def peer_died(self, peer: int, now: float) -> None:
@@ -120,7 +122,7 @@ class Endpoint(ABC):
         """Use another way to `peer` as well, and tell it by a first packet."""
         session = self.sessions.get(peer)
         if session is not None:
-            session.add_path(path)
+            self._add_path(session, path)
             session.announce_path()
 
     def say_goodbye(self, failure: Failure) -> None:
@@ -257,7 +259,7 @@ class Endpoint(ABC):
     # First contact.
 
     def _session_at(self, path: Path) -> Session | None:
-        return next((each for each in self.sessions.values() if path in each.paths), None)
+        return next(iter(self._at_path.get(path, ())), None)
 
     def _hello_received(self, path: Path, packet: Packet, hello: Hello, now: float) -> None:
         peer = packet.source_epoch
@@ -284,8 +286,9 @@ class Endpoint(ABC):
                 timing=self._timing,
                 changed=self._agenda.note,
             )
+            self._at_path[path].append(session)
             self._do([Greet(peer, hello)])
-        session.add_path(path)
+        self._add_path(session, path)
         session.heard(now)
         if packet.target_epoch == 0:
             self._do([Transmit(path, session.greeting())])
@@ -296,7 +299,8 @@ class Endpoint(ABC):
         if session is None:
             self._unknown_peer(path, packet, now)
             return
-        session.add_path(path)
+        if path not in session.paths:
+            self._add_path(session, path)
         for frame in session.receive(packet, now):
             if isinstance(frame, Goodbye):
                 self._part(session.peer_epoch, Failure(frame.reason, frame.message), now)
@@ -361,13 +365,24 @@ class Endpoint(ABC):
     def _now_leads_to(self, path: Path, peer: int, now: float) -> None:
         """Whoever was at `path` before is not there any more."""
         failure = Failure(Reason.PEER_LOST, "another life of the process has taken its place")
-        for session in list(self.sessions.values()):
+        for session in list(self._at_path.get(path, ())):
             if session.peer_epoch != peer:
                 self._leave_path(session, path, failure, now)
+
+    def _add_path(self, session: Session, path: Path) -> None:
+        if path not in session.paths:
+            session.add_path(path)
+            self._at_path[path].append(session)
+
+    def _forget_at(self, path: Path, session: Session) -> None:
+        self._at_path[path].remove(session)
+        if not self._at_path[path]:
+            del self._at_path[path]
 
     def _leave_path(self, session: Session, path: Path, failure: Failure, now: float) -> None:
         if path in session.paths:
             session.paths.remove(path)
+            self._forget_at(path, session)
             if not session.paths:
                 self._lose(session, failure, now)
 
@@ -385,6 +400,8 @@ class Endpoint(ABC):
             del self._ended[next(iter(self._ended))]
         session = self.sessions.pop(peer, None)
         if session is not None:
+            for path in session.paths:
+                self._forget_at(path, session)
             self._peer_lost(session, failure, True, now)
             self._agenda.forget(session)
             self._do([Part(peer, failure, proven=True)])

@@ -120,6 +120,8 @@ class ReceiveEndpoint(Endpoint):
         self._links = 0
         self._number = 0
         self._requests: dict[int, _Request] = {}
+        self._unasked: dict[int, _Request] = {}
+        """Redeemed, and the sender was not reached yet."""
         self._by_request_id: dict[str, int] = {}
         self._by_transfer: dict[tuple[int, TransferId], int] = {}
 
@@ -166,6 +168,7 @@ class ReceiveEndpoint(Endpoint):
         """
         request = self._add(request_id, timeout, now, named=False)
         request.path, request.life, request.redeem_key = path, life, key
+        self._unasked[request.transfer.number] = request
         session = self.sessions.get(life) if path is None else self._session_at(path)
         if self.has_ended(life):
             gone = Failure(Reason.REJECTED, "the ticket is void: its sender is gone")
@@ -274,14 +277,13 @@ class ReceiveEndpoint(Endpoint):
         return request is None or request.transfer.reservation is not command
 
     def _greeted(self, session: Session, path: Path, now: float) -> None:
-        for request in list(self._requests.values()):
-            waits = request.redeem_key is not None and not request.peer
-            if waits and (request.path == path or request.life == session.peer_epoch):
+        for request in list(self._unasked.values()):
+            if request.path == path or request.life == session.peer_epoch:
                 self._ask(request, session, now)
 
     def _contact_failed(self, path: Path, failure: Failure, now: float) -> None:
-        for number, request in list(self._requests.items()):
-            if request.path == path and not request.peer:
+        for number, request in list(self._unasked.items()):
+            if request.path == path:
                 self._feed(number, events.Failed(failure), now)
 
     def _peer_lost(self, session: Session, failure: Failure, proven: bool, now: float) -> None:
@@ -373,6 +375,7 @@ class ReceiveEndpoint(Endpoint):
         """Drop a request that holds no block and that nobody can ask for any more."""
         if not request.is_open and request.transfer.is_settled:
             self._requests.pop(request.transfer.number, None)
+            self._unasked.pop(request.transfer.number, None)
             if request.transfer.id is not None:
                 self._by_transfer.pop((request.peer, request.transfer.id), None)
             self._untie(request.transfer.number, request.peer)
@@ -391,6 +394,7 @@ class ReceiveEndpoint(Endpoint):
             self._feed(number, events.Failed(Failure(Reason.REJECTED, message)), now)
         else:
             request.peer = session.peer_epoch
+            del self._unasked[number]
             self._tie(number, session, now)
             left = max(0.0, request.deadline - now)
             key = request.redeem_key or b""

@@ -291,6 +291,11 @@ class Receiving(Process):
 
     def check(self) -> None:
         """Check that every block has one owner, and that all are accounted for."""
+        super().check()
+        requests = self.endpoint._requests.items()
+        unasked = {n for n, each in requests if each.redeem_key is not None and not each.peer}
+        if self.endpoint._unasked.keys() != unasked:
+            raise Violation(f"{unasked} are not asked for, not {self.endpoint._unasked.keys()}")
         counts = self.pool.counts()
         if sum(counts.values()) != self.pool.capacity:
             raise Violation(f"blocks are lost: {counts}")

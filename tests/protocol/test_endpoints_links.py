@@ -101,7 +101,8 @@ class TestFirstContact:
         pair = Pair()
         pair.meet()
         session = pair.receiver.endpoint.sessions[pair.sender.epoch]
-        session.paths[:] = [Path(1, "stream", "sender")]
+        pair.receiver.endpoint.use_path(pair.sender.epoch, Path(1, "stream", "sender"))
+        pair.receiver.endpoint.path_lost(pair.receiver.path_to("sender"), "cut", pair.now)
         pair.receiver.endpoint.contact(pair.receiver.path_to("sender"), pair.now)
         pair.receiver.pump()
         pair.wait()

@@ -252,6 +252,11 @@ class Process:
 
     def check(self) -> None:
         """Check what holds for this kind of process after every action."""
+        endpoint = self.endpoint
+        found = {(path, each) for path, at in endpoint._at_path.items() for each in at}
+        real = {(path, each) for each in endpoint.sessions.values() for path in each.paths}
+        if found != real:
+            raise Violation(f"{self.address}: the sessions at each path are {real}, not {found}")
 
     def check_abandoned(self, peer: int) -> None:
         """Check that nothing goes on with a peer that is known to be dead."""
