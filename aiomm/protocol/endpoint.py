@@ -24,6 +24,8 @@ __all__ = ["Endpoint"]
 MAX_REFUSED_PATHS = 1024
 MAX_ENDED_LIVES = 4096
 MIN_DEADLINES = 1024
+MAX_EXPIRED = 64
+"""Deadlines that are looked at in one turn: a thousand would hold the loop for 16 ms."""
 
 
 class Endpoint(ABC):
@@ -131,8 +133,10 @@ class Endpoint(ABC):
             session.say_last(Goodbye(failure.reason, clipped(failure.message)))
 
     def timer(self, now: float) -> None:
-        """Look at everything whose time has come."""
-        while self._deadlines and self._deadlines[0][0] <= now:
+        """Look at whatever is due. Of many deadlines at some: :meth:`next_deadline` is past then."""
+        for _ in range(MAX_EXPIRED):
+            if not self._deadlines or self._deadlines[0][0] > now:
+                break
             self._expired(heapq.heappop(self._deadlines)[1], now)
         for path in [path for path, contact in self._contacts.items() if contact.until <= now]:
             del self._contacts[path]

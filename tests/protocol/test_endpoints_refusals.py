@@ -262,6 +262,17 @@ class TestDeadlines:
         assert not pair.receiver.endpoint.is_wanted(number)
         pair.check_settled()
 
+    def test_many_deadlines_at_once_are_not_for_one_turn(self) -> None:
+        """The rest is due at once, and the timer comes back for it."""
+        pair = Pair()
+        generations = [pair.open(f"{each}", to=None, timeout=2.0) for each in range(200)]
+        endpoint = pair.sender.endpoint
+        endpoint.timer(2.0)
+        assert 0 < endpoint.num_live < 200
+        assert endpoint.next_deadline() <= 2.0
+        pair.wait(2.0)
+        assert {reason(pair.sender, each) for each in generations} == {Reason.TIMEOUT}
+
     def test_many_requests_that_ended_long_before_their_deadline(self) -> None:
         """Their deadlines are not kept."""
         pair = Pair()
