@@ -5,11 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aiomm import PlaneUnavailable, PoolClosed, Receiver, Rejected, Sender, Ticket
+from aiomm import (
+    PlaneUnavailable,
+    PoolClosed,
+    Receiver,
+    Rejected,
+    Sender,
+    Ticket,
+    TransferTimeout,
+)
+from aiomm._driver.base import RECONTACT_DELAY
 from aiomm.planes.memory import MemoryPlane
 
 from .conftest import LoopFactory, loop_factories
@@ -22,6 +32,7 @@ from .support import (
     frozen_imports,  # noqa: F401
     granted,
     logged,
+    no_descriptors_left,
     pair,
     same,
     tensors_of,
@@ -187,6 +198,35 @@ async def test_a_receiver_that_connects_finds_the_next_life_of_a_sender() -> Non
     (await receiver.receive("first")).release()
     (await receiver.receive("second")).release()
     await receiver.aclose()
+
+
+async def test_a_contact_that_becomes_a_standing_one_is_not_left(tmp_path: Path) -> None:
+    """The request that was first there times out; the sender that comes later is heard."""
+    address = f"ipc://{tmp_path}/late"
+    async with Receiver(SCHEMA, bind=ANYWHERE, **SMALL_POOL) as receiver:
+        driver = receiver._driver
+        asking = asyncio.ensure_future(wait_for(receiver, "r", source=address, timeout=0.1))
+        await until(lambda: driver._at_address, driver, "pump")
+        driver.standing_contacts = frozenset({address})
+        driver._keep_contacts()
+        assert isinstance(await error_of(asking), TransferTimeout)
+        async with Sender(SCHEMA, bind=address):
+            await until(lambda: driver.endpoint.sessions, driver, "packets_received")
+
+
+async def test_standing_contacts_are_made_when_descriptors_are_free_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tried again once each time, not once for every contact."""
+    addresses = [f"ipc://{tmp_path}/{name}" for name in "abc"]
+    async with Receiver(SCHEMA, bind=ANYWHERE, **SMALL_POOL) as receiver:
+        driver = receiver._driver
+        driver.standing_contacts = frozenset(addresses)
+        with no_descriptors_left():
+            driver._keep_contacts()
+            await asyncio.sleep(2.5 * RECONTACT_DELAY)
+        await until(lambda: len(driver._at_address) == 3, driver, "pump")
+    assert 2 <= len([record for record in caplog.records if "connect" in record.message]) <= 4
 
 
 # Starting.

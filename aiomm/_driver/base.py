@@ -265,17 +265,18 @@ class Driver(ABC, Generic[_Endpoint]):
 
     def _keep_contacts(self) -> None:
         """Contact whoever this side stays in contact with, also their next life."""
-        if not self.is_closing:
+        if self.is_closing:
+            return
+        try:
             for address in self.standing_contacts:
-                try:
-                    self.contact(address)
-                except ValueError as exc:  # no descriptor is free: one may be soon
-                    logger.warning("! %s: %s", self.name, exc)
-                    self.loop.call_later(RECONTACT_DELAY, self._keep_contacts)
-            self.pump()
+                self.contact(address)
+        except ValueError as exc:  # no descriptor is free: one may be soon
+            logger.warning("! %s: %s", self.name, exc)
+            self.loop.call_later(RECONTACT_DELAY, self._keep_contacts)
+        self.pump()
 
     def contact(self, address: str, until: float = NEVER) -> Path:
-        """Return the path to `address`, saying Hello there first, until then, if it is new.
+        """Return the path to `address`, saying Hello there until then if nobody has answered.
 
         Raises:
             ValueError: the address is malformed or not allowed.
@@ -284,13 +285,13 @@ class Driver(ABC, Generic[_Endpoint]):
         if path is None:
             path = Path(0, self.channel, self.channel.connect(address))
             self._at_address[address] = path
-            self.endpoint.contact(path, self.now(), until)
+        self.endpoint.contact(path, self.now(), until)
         return path
 
     def path_to(self, address: str | None, life: int, timeout: float) -> Path | None:
         """Return the path for a first contact with `life`; None where none is needed, or helps.
 
-        What waits there for `timeout` seconds tells the endpoint so: until then it stays.
+        Hello is said there for `timeout` seconds at least.
 
         Raises:
             ValueError: the address is malformed or not allowed.

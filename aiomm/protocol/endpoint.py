@@ -133,7 +133,7 @@ class Endpoint(ABC):
             session.say_last(Goodbye(failure.reason, clipped(failure.message)))
 
     def timer(self, now: float) -> None:
-        """Look at whatever is due. Of many deadlines at some: :meth:`next_deadline` is past then."""
+        """Look at whatever is due; of many deadlines at some, and :meth:`next_deadline` is past."""
         for _ in range(MAX_EXPIRED):
             if not self._deadlines or self._deadlines[0][0] > now:
                 break
