@@ -1,7 +1,7 @@
 """What users give, as the plain values that a frame can carry.
 
-Numbers of numpy and torch, and subclasses of `str`, are none of MessagePack: one of them in a frame
-would stop the link on which it travels.
+MessagePack does not encode numbers of numpy and torch, nor subclasses of `str`: one of them in a
+frame would stop the link on which it travels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def request_of(
 ) -> tuple[str, Ticket | None]:
     """Return the request id, and the ticket unless a bare request id was given.
 
-    A string that begins with "{" is the JSON of a ticket; no request id begins with it.
+    A string whose first character but spaces is "{" is the JSON of a ticket, and no request id.
 
     Raises:
         ProtocolError: this is no ticket.
         Rejected: an `address` is given beside a ticket, which names its own.
-        TypeError: it is neither.
+        TypeError: this is neither a ticket nor a request id.
     """
     if isinstance(request, str) and not request.lstrip().startswith("{"):
         return request_id_of(request), None

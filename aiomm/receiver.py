@@ -101,7 +101,7 @@ class Lease(Mapping[str, Array]):
         return len(self._driver.schema)
 
     def release(self, stream: object = None) -> None:
-        """Give the blocks back, from any thread. Idempotent, and on the loop's immediate.
+        """Give the blocks back: on the loop's thread at once, from another one soon. Idempotent.
 
         A pool on a GPU gives them to others only when `stream` (by default the current one of
         torch or cupy), and those told to :meth:`wait_stream`, have done all that they have been
@@ -225,9 +225,9 @@ class Receiver(Lifecycle):
         planes: `"auto"`, or names and :class:`~aiomm.planes.base.Plane` objects in
             order of preference.
         on_failure: called with the request id and the error of a request that has failed and
-            that nobody awaits; from the loop, once each. It has failed at the sender's, at its
-            deadline (also if it had arrived and nobody took it), by :meth:`cancel` or by the
-            close. Until its deadline :meth:`receive` raises the error, too.
+            that nobody awaits; from the loop, once each. The cause may be the sender, the deadline
+            (also if it had arrived and nobody took it), :meth:`cancel` or the close. Until its
+            deadline :meth:`receive` raises the error, too.
         settings: the fields of :class:`~aiomm.config.ReceiverSettings`: `blocks`,
             `block_size`, `default_blocks`, `timeout` and others.
 
@@ -343,17 +343,19 @@ class Receiver(Lifecycle):
                 own.
 
         Raises:
-            AiommError: when awaited; see the tree in :mod:`aiomm.errors`.
+            AiommError: when awaited, one of those in :mod:`aiomm.errors`.
         """
         return Reception(lambda: self._receive(request, source, timeout))
 
     def cancel(self, request_id: str, reason: object = "cancelled by the receiver") -> None:
         """Give a request up and tell its sender at once. Harmless when there is none.
 
-        `reason` is a sentence or an exception, which both sides are told.
-
         Who waits for it gets Cancelled; a result that nobody has taken is dropped. The request
         id is free again.
+
+        Args:
+            request_id: which one.
+            reason: a sentence or an exception, which both sides are told.
         """
         driver = self._driver
         number = driver.endpoint.number_of(request_id)

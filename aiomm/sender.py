@@ -393,7 +393,7 @@ class Sender(Lifecycle):
             timeout: seconds for the whole transfer.
 
         Raises:
-            AiommError: see the tree in :mod:`aiomm.errors`.
+            AiommError: one of those in :mod:`aiomm.errors`; the README draws their tree.
         """
         request_id, ticket = request_of(request, to)
         transfer = Transfer(self, request_id)

@@ -54,7 +54,7 @@ MAX_NAME = 128
 MAX_DIMS = 8
 MAX_REQUEST_ID = 512
 MAX_GRANT_BLOCKS = 2048
-"""Of one grant: each a run of its own, they still fit into a packet. More come by resume."""
+"""Of one grant: they fit into a packet even if each is a run of its own. More come by resume."""
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -121,7 +121,7 @@ class EventSocket:
         return False
 
     def _receive(self) -> list[bytes]:
-        """Return one whole message. Of one with too many frames, drop a few: return none."""
+        """Return one whole message; of one with too many frames drop some, and return none."""
         frames = [self._socket.recv(zmq.NOBLOCK)]
         while self._socket.getsockopt(zmq.RCVMORE):
             if len(frames) == MAX_FRAMES:

@@ -55,7 +55,7 @@ def make_planes(
     """Return the planes to try, the best one first.
 
     Args:
-        spec: `"auto"` (those of :data:`PREFERENCE` that exist), one of either, or names and planes
+        spec: `"auto"` (those of :data:`PREFERENCE` that exist), a name, a plane, or several
             in the order in which to try them. Of several, one that cannot be imported is
             left out with a warning in the log.
         place: where the endpoint is on the network.

@@ -173,7 +173,7 @@ class Deliver(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """Either side: tell the user that it has failed. `number`: a sender's is the generation."""
+    """Either side: tell the user of a failure. `number`: of the request; a sender's generation."""
 
     number: int
     failure: Failure
@@ -184,7 +184,7 @@ class Fail:
 
 
 class Serve(msgspec.Struct, frozen=True):
-    """Sender: a receiver redeems the offer of this request id: its tensors are this transfer's."""
+    """Sender: a receiver redeems an offer, whose tensors `transfer` carries."""
 
     transfer: TransferId
 

@@ -133,7 +133,7 @@ class Endpoint(ABC):
             session.say_last(Goodbye(failure.reason, clipped(failure.message)))
 
     def timer(self, now: float) -> None:
-        """Look at whatever is due; of many deadlines at some, and :meth:`next_deadline` is past."""
+        """Look at what is due; of many deadlines at some: then :meth:`next_deadline` is past."""
         for _ in range(MAX_EXPIRED):
             if not self._deadlines or self._deadlines[0][0] > now:
                 break
@@ -323,9 +323,10 @@ class Endpoint(ABC):
             self._now_leads_to(path, packet.source_epoch, now)
             self.contact(path, now)
 
-    # Packets that belong to no session. What answers them is addressed to nobody: a Goodbye
-    # that addresses a life is the last word of the life it comes from, and proves that it is
-    # drained; this must never be said for another reason, for the channel may repeat it.
+    # Packets that belong to no session. What answers them is addressed to nobody, but for the
+    # answer to a life whose link has ended here: a Goodbye that addresses a life is a last word,
+    # and proves that nothing of this side can land there any more. It must never be said for
+    # another reason, for the channel may repeat it.
 
     def _of_another_life(self, path: Path, packet: Packet) -> None:
         self.counters["of_another_life"] += 1

@@ -357,7 +357,7 @@ def check_request_id(request_id: str) -> None:
         ValueError: it is one.
     """
     is_text = 1 <= len(request_id) <= MAX_REQUEST_ID and clipped(request_id) == request_id
-    if not is_text or request_id.startswith("{"):
+    if not is_text or request_id.lstrip().startswith("{"):
         raise ValueError(
             f"a request id is 1 to {MAX_REQUEST_ID} characters of valid Unicode, the first no {{"
         )

@@ -133,9 +133,9 @@ class Session:
         self._unsent: list[tuple[int, Frame]] = []
         """Frames that were never handed to the channel."""
         self._held: list[tuple[int, Frame]] = []
-        """Those behind them, while there is no room for more; see MAX_EARLY_FRAMES."""
+        """Frames behind those, held back until there is room; see MAX_EARLY_FRAMES."""
         self._unacknowledged: deque[tuple[int, Frame]] = deque()
-        """Those that were, until the peer has acknowledged them."""
+        """Frames that were handed to the channel, until the peer has acknowledged them."""
         self._early: dict[int, Frame] = {}
         self._outbox: list[Frame] = []
         self._resend_after = timing.resend_first

@@ -346,6 +346,7 @@ def test_messages_are_clipped() -> None:
         ("", 1.0, b""),
         ("x" * 513, 1.0, b""),
         ("{x}", 1.0, b""),
+        (" {x}", 1.0, b""),
         ("file\udc80", 1.0, b""),
         ("x", -1.0, b""),
         ("x", float("nan"), b""),

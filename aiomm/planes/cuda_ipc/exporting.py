@@ -168,7 +168,7 @@ class _Importer:
             self.gone.set_result(None)
 
     def __str__(self) -> str:
-        return f"the sender on link {self.link:x}"
+        return f"the sender on link {self.link}"
 
 
 def exported_here(offer: CudaIpcOffer) -> CudaExport | None:
