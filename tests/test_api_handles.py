@@ -490,6 +490,24 @@ async def test_what_this_side_gives_up_is_told_like_the_rest() -> None:
         assert told.empty()
 
 
+async def test_results_that_nobody_took_end_with_the_close() -> None:
+    """Told like all others that fail; nothing of them is kept."""
+    told = list[tuple[str, AiommError]]()
+    async with pair(on_failure=lambda *failure: told.append(failure)) as (receiver, sender):
+        await sender.send(receiver.expect("joined"), tensors_of(300))
+        await sender.send(receiver.expect("view"), tensors_of(3))
+        await receiver.aclose()
+        await asyncio.sleep(0)
+        assert sorted(request_id for request_id, _ in told) == ["joined", "view"]
+        assert all(isinstance(error, PoolClosed) for _, error in told)
+        metrics = receiver.metrics()
+        assert (metrics["blocks_free"], metrics["requests_open"], metrics["bytes_buffered"]) == (
+            receiver.settings.blocks,
+            0,
+            0,
+        )
+
+
 async def test_a_callback_that_raises_costs_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     """It is logged, and called again for the next failure."""
     called: asyncio.Queue[str] = asyncio.Queue()

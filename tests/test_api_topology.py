@@ -19,6 +19,7 @@ from aiomm import (
     Ticket,
     TransferTimeout,
 )
+from aiomm._driver import base
 from aiomm._driver.base import RECONTACT_DELAY
 from aiomm.planes.memory import MemoryPlane
 
@@ -227,6 +228,26 @@ async def test_standing_contacts_are_made_when_descriptors_are_free_again(
             await asyncio.sleep(2.5 * RECONTACT_DELAY)
         await until(lambda: len(driver._at_address) == 3, driver, "pump")
     assert 2 <= len([record for record in caplog.records if "connect" in record.message]) <= 4
+
+
+async def test_a_standing_contact_that_was_turned_away_comes_when_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sender had all its peers; one of them leaves."""
+    monkeypatch.setattr(base, "REFUSED_DELAY", 0.05)
+    async with Sender(SCHEMA, bind=ANYWHERE, max_peers=1) as sender:
+        address = sender.address
+        assert address is not None
+        first = Receiver(SCHEMA, connect=address, **SMALL_POOL)
+        await first.start()
+        await until(lambda: sender._driver.endpoint.sessions, sender._driver, "packets_received")
+        async with Receiver(SCHEMA, connect=address, **SMALL_POOL) as second:
+            driver = second._driver
+            await until(lambda: driver.endpoint.sessions, driver, "packets_received")
+            await first.aclose()
+            sending = asyncio.ensure_future(sender.send("r", tensors_of(3)))
+            (await second.receive("r")).release()
+            await sending
 
 
 # Starting.

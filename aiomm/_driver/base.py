@@ -34,6 +34,8 @@ __all__ = ["Driver", "new_epoch"]
 
 RECONTACT_DELAY = 0.1
 """Seconds before a lost standing contact is made again: whoever is there may refuse each one."""
+REFUSED_DELAY = 1.0
+"""The same where the connection stands, but the peer has turned this side away, or parted."""
 
 OF_LINKS: Final = (Greet, Part, Leave)
 """Commands that both kinds of endpoint know."""
@@ -345,6 +347,8 @@ class Driver(ABC, Generic[_Endpoint]):
                 self.execute(command)
             case Part(peer, failure, proven):
                 logger.debug("x %s parts: %s (proven: %s)", self.name, failure.message, proven)
+                if self.standing_contacts:
+                    self.loop.call_later(REFUSED_DELAY, self._keep_contacts)
                 if proven:
                     self._leave_streams(peer)
                     self.parted(command)

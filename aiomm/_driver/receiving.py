@@ -181,7 +181,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         """Fail every request that is not done, and take no new one."""
         self.endpoint.is_closing = True
         for number in self.endpoint.numbers():
-            self.endpoint.fail(number, failure, self.now())
+            self.endpoint.give_up(number, failure, self.now())
 
     async def drain(self) -> None:
         """Return when no sender can write into the pool any more."""

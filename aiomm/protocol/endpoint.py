@@ -305,7 +305,11 @@ class Endpoint(ABC):
             return
         if path not in session.paths:
             self._add_path(session, path)
-        for frame in session.receive(packet, now):
+        received = session.receive(packet, now)
+        if session.is_missed:
+            session.is_missed = False
+            self._greeted(session, path, now)
+        for frame in received:
             if isinstance(frame, Goodbye):
                 self._part(session.peer_epoch, Failure(frame.reason, frame.message), now)
                 return

@@ -190,6 +190,17 @@ class ReceiveEndpoint(Endpoint):
                 session.send(frames.Refuse(number, failure.reason, frames.clipped(failure.message)))
         self._feed(number, events.Failed(failure), now)
 
+    def give_up(self, number: int, failure: Failure, now: float) -> None:
+        """Fail the request, also if it is done and nobody has taken it, and end it."""
+        request = self._requests.get(number)
+        if request is None or not request.is_open:
+            return
+        if request.transfer.state.is_terminal:
+            self._do([Fail(number, failure, request_id=request.request_id)])
+        else:
+            self.fail(number, failure, now)
+        self._close(request)
+
     def taken(self, number: int) -> None:
         """The user has the result, or has been told of the failure: the request is over."""
         request = self._requests.get(number)
@@ -278,6 +289,8 @@ class ReceiveEndpoint(Endpoint):
 
     def _greeted(self, session: Session, path: Path, now: float) -> None:
         for request in list(self._unasked.values()):
+            if request.transfer.state.is_terminal:
+                continue  # its failure was not told yet
             if request.path == path or request.life == session.peer_epoch:
                 self._ask(request, session, now)
 
@@ -300,15 +313,12 @@ class ReceiveEndpoint(Endpoint):
         if request is None or not request.is_open:
             return
         transfer = request.transfer
-        if not transfer.state.is_terminal:
+        if transfer.state.is_terminal:
+            message = f"nobody asked for the result of {request.request_id!r} in time"
+        else:
             what = f"in {transfer.state}" if transfer.is_claimed else request.unclaimed
             message = f"{request.request_id!r} was not done within {request.timeout:g} s: {what}"
-            self.fail(number, Failure(Reason.TIMEOUT, message), now)
-        else:
-            message = f"nobody asked for the result of {request.request_id!r} in time"
-            failure = Failure(Reason.TIMEOUT, message)
-            self._do([Fail(number, failure, request_id=request.request_id)])
-        self._close(request)
+        self.give_up(number, Failure(Reason.TIMEOUT, message), now)
 
     def _frame_received(self, session: Session, frame: Frame, now: float) -> None:
         match frame:

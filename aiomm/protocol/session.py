@@ -119,6 +119,8 @@ class Session:
         """Ways to reach the peer, the preferred one first; empty while it cannot be reached."""
         self.is_lost = False
         """The peer counts as lost; if it speaks again, the session goes on."""
+        self.is_missed = False
+        """It was lost and has not been heard since: what waits for anybody passed it over."""
         self.is_choked = False
         """The peer has left too much unacknowledged, so that something was not sent."""
         self.is_busy = False
@@ -155,7 +157,7 @@ class Session:
 
     def lose(self) -> None:
         """Count the peer as lost; what came too early from it will come again."""
-        self.is_lost = True
+        self.is_lost = self.is_missed = True
         self._early.clear()
         self._changed(self)
 

@@ -342,6 +342,21 @@ class TestFarewell:
         assert reason(pair.receiver, number) is Reason.PEER_LOST
         assert message(pair.receiver, number) == "cut"
 
+    def test_who_was_lost_and_speaks_again_gets_what_waits_for_anybody(self) -> None:
+        """A transfer that passed it over while it was silent."""
+        pair = Pair(takes_any=True)
+        pair.meet()
+        generation = pair.open("before", tokens=None, to=None)
+        pair.wait()
+        pair.receiver.pause(6.0)
+        pair.wait(5.0)
+        assert reason(pair.sender, generation) is Reason.PEER_LOST
+        waiting = pair.open("meanwhile", to=None)
+        pair.wait(0.1)
+        assert waiting not in pair.sender.outcomes
+        pair.wait(3.0)
+        assert pair.sender.outcomes[waiting] is None
+
     def test_silence_and_then_a_lost_path(self) -> None:
         """The peer is lost once."""
         pair = Pair()

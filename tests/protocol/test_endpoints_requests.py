@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aiomm.errors import Reason, Rejected
+from aiomm.protocol import frames
 from aiomm.protocol.states import State
 
 from .pairs import GIVEN_UP, KEY, Pair, message, reason
@@ -114,6 +115,21 @@ class TestTickets:
         pair = Pair()
         assert pair.receive() == pair.receive()
         assert pair.expect("other") == pair.receive("other")
+
+    def test_a_redemption_that_has_failed_asks_nobody(self) -> None:
+        """Refused, and greeted by the next packet, before anybody was told of the failure."""
+        pair = Pair()
+        endpoint, sender = pair.receiver.endpoint, pair.sender
+        path = pair.receiver.path_to("sender")
+        endpoint.redeem("request", b"", path=path, life=0, timeout=9.0, now=pair.now)
+        busy = frames.Goodbye(Reason.BUSY, "too many peers")
+        for target, frame in ((0, busy), (pair.receiver.epoch, sender.endpoint.hello)):
+            packet = frames.Packet(1, sender.epoch, target, 0, 0, frame)
+            endpoint.packet_received(path, frames.encode(packet), pair.now)
+        pair.receiver.pump()
+        pair.wait()
+        assert len(endpoint.sessions) == 1
+        assert len(sender.endpoint._wanted) == 0
 
     def test_a_request_is_given_up_once(self) -> None:
         """And one that does not exist is not."""
