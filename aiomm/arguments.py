@@ -10,11 +10,9 @@ import operator
 from typing import SupportsFloat, SupportsIndex
 
 from .errors import ProtocolError, Rejected
-from .types import Ticket
+from .types import MAX_TOKENS, Ticket
 
 __all__ = ["length_of", "request_id_of", "request_of", "seconds_of"]
-
-MAX_TOKENS = 2**48
 
 
 def request_of(
@@ -27,8 +25,10 @@ def request_of(
     Raises:
         ProtocolError: this is no ticket.
         Rejected: an `address` is given beside a ticket, which names its own.
-        TypeError: this is neither a ticket nor a request id.
+        TypeError: this is neither a ticket nor a request id, or the address is no string.
     """
+    if address is not None and not isinstance(address, str):
+        raise TypeError(f"an address is a string, not {address!r}")
     if isinstance(request, str) and not request.lstrip().startswith("{"):
         return request_id_of(request), None
     if isinstance(request, str):

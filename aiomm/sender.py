@@ -492,8 +492,11 @@ class Sender(Lifecycle):
                 self._begin(transfer, ticket, to, seconds)
             except AiommError as exc:
                 transfer._ended(exc, None)
-            except Exception as exc:  # an address that is none, or no descriptor is free
-                transfer._ended(Rejected(f"cannot be begun: {exc}"), None)
+            except ValueError as exc:  # an address that is none, or no descriptor is free
+                transfer._ended(Rejected(str(exc)), None)
+            except Exception as exc:  # a bug must not leave the handle waiting for ever
+                logger.exception("! %r cannot be begun", transfer.request_id)
+                transfer._ended(Rejected(f"cannot be begun: {exc!r}"), None)
 
         self._driver.when_started(begin, lambda failure: transfer._ended(error_from(failure), None))
         return transfer

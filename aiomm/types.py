@@ -53,6 +53,8 @@ MAX_FIELDS = 64
 MAX_NAME = 128
 MAX_DIMS = 8
 MAX_REQUEST_ID = 512
+MAX_TOKENS = 2**48
+"""Of one transfer, and in any number of tokens or blocks that travels."""
 MAX_GRANT_BLOCKS = 2048
 """Of one grant: they fit into a packet even if each is a run of its own. More come by resume."""
 

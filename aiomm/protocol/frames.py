@@ -19,6 +19,7 @@ from ..types import (
     MAX_GRANT_BLOCKS,
     MAX_NAME,
     MAX_REQUEST_ID,
+    MAX_TOKENS,
     Extent,
     Field,
     Schema,
@@ -64,7 +65,7 @@ MAX_MESSAGE = 2048
 MAX_SECONDS = 1e9
 
 Epoch = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Count = Annotated[int, Meta(ge=0, le=2**48)]
+Count = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 Message = Annotated[str, Meta(max_length=MAX_MESSAGE)]
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
