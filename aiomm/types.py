@@ -148,7 +148,7 @@ class Schema(Mapping[str, Field]):
         return f"Schema({', '.join(f'{name}={field}' for name, field in self._fields.items())})"
 
 
-_Count = Annotated[int, Meta(ge=0, le=2**48)]
+_Count = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 
 
 class Extent(NamedTuple):

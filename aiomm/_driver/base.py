@@ -35,7 +35,7 @@ __all__ = ["Driver", "new_epoch"]
 RECONTACT_DELAY = 0.1
 """Seconds before a lost standing contact is made again: whoever is there may refuse each one."""
 REFUSED_DELAY = 1.0
-"""The same where the connection stands, but the peer has turned this side away, or parted."""
+"""The same where the peer has turned this side away, or parted, or no socket could be made."""
 
 OF_LINKS: Final = (Greet, Part, Leave)
 """Commands that both kinds of endpoint know."""
@@ -269,12 +269,15 @@ class Driver(ABC, Generic[_Endpoint]):
         """Contact whoever this side stays in contact with, also their next life."""
         if self.is_closing:
             return
-        try:
-            for address in self.standing_contacts:
+        failed = []
+        for address in self.standing_contacts:
+            try:
                 self.contact(address)
-        except ValueError as exc:  # no descriptor is free: one may be soon
-            logger.warning("! %s: %s", self.name, exc)
-            self.loop.call_later(RECONTACT_DELAY, self._keep_contacts)
+            except ValueError as exc:  # no descriptor is free: one may be soon
+                failed.append(str(exc))
+        if failed:
+            logger.warning("! %s: %s", self.name, "; ".join(failed))
+            self.loop.call_later(REFUSED_DELAY, self._keep_contacts)
         self.pump()
 
     def contact(self, address: str, until: float = NEVER) -> Path:

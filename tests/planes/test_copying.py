@@ -137,9 +137,10 @@ async def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(copying, "LATE_SECONDS", 10.0)
     monkeypatch.setattr(threading.Thread, "start", start_one)
     writing = asyncio.ensure_future(copies.share_out(copy, [run_of(12, 1 << 20)]))
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0)
     draining = asyncio.ensure_future(copies.drain())
-    await asyncio.sleep(0.05)
+    for _ in range(10):  # turns in which a premature end would be told
+        await asyncio.sleep(0)
     assert not writing.done()
     assert not draining.done()
     may_end.set()
