@@ -18,7 +18,7 @@ import torch
 from aiomm import Field
 from aiomm.buffers.memcpy import is_streaming
 from aiomm.cli import doctor
-from aiomm.cli.doctor import OTHER_VARIABLES, TESTS_PREFIX
+from aiomm.cli.doctor import OTHER_VARIABLES
 from aiomm.cli.files import field_from, field_option, file_stem
 from aiomm.control.keys import write_key_pair
 from tests.command import outcome_of
@@ -276,7 +276,8 @@ async def test_doctor_tries_the_planes_and_tells_the_rest(monkeypatch: pytest.Mo
     monkeypatch.setenv("AIOMM_BLOKS", "")  # as good as not set
     for name, value in zip(OTHER_VARIABLES, ("auto", "1", "P2PHANDSHAKE"), strict=True):
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv(f"{TESTS_PREFIX}SEEDS", "1")
+    for name in [name for name in os.environ if name.startswith("AIOMM_SIMULATION_")]:
+        monkeypatch.delenv(name)  # our own tests' alone
     done = await outcome_of("doctor", "--json")
     # Mooncake's engine logs one line whenever it begins, and a warning that it logs there.
     errors = [line for line in done.errors.splitlines() if not re.search(GOOGLE_LOG, line)]

@@ -58,8 +58,6 @@ PACKAGES = (
 )
 OTHER_VARIABLES = (RUNTIME_VARIABLE, DEVICES_VARIABLE, METADATA_VARIABLE)
 """Those that are read, and are no settings."""
-TESTS_PREFIX = f"{PREFIX}SIMULATION_"
-"""Of variables that our tests read."""
 TRIAL_NBYTES = 1 << 20
 TRIAL_SECONDS = 10.0
 
@@ -253,9 +251,8 @@ def _misspelled(environ: Mapping[str, str]) -> Iterator[str]:
     read = [*_environment(), *OTHER_VARIABLES]
     ours = [name for name, value in environ.items() if value and name.startswith(PREFIX)]
     for variable in sorted(set(ours).difference(read)):
-        if not variable.startswith(TESTS_PREFIX):
-            [nearest] = get_close_matches(variable, read, n=1, cutoff=0)
-            yield f"variable {variable}: nothing reads it; the nearest known one is {nearest}"
+        [nearest] = get_close_matches(variable, read, n=1, cutoff=0)
+        yield f"variable {variable}: nothing reads it; the nearest known one is {nearest}"
 
 
 async def diagnose(*, as_json: bool, console: Console) -> Exit:

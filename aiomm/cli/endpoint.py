@@ -75,7 +75,8 @@ class EndpointOptions:
             endpoint = kind(schema, bind=self.bind, planes=planes, **self._settings(), **arguments)
             await endpoint.start()
         except OSError as exc:
-            raise Unusable(f"cannot listen at {self.bind}: {exc.strerror or exc}") from exc
+            what = "cannot start" if self.bind is None else f"cannot listen at {self.bind}"
+            raise Unusable(f"{what}: {exc.strerror or exc}") from exc
         except PlaneUnavailable as exc:
             raise Unusable(exc.message) from exc
         async with endpoint:

@@ -40,7 +40,7 @@ TURN_SECONDS = 1e-3
 LATE_SECONDS = 2.5e-3
 """Half of the time for which a busy thread may keep the GIL."""
 STRIDED_NBYTES = 1 << 17
-"""Of rows with gaps one piece: each of their elements may take 7 ns, and be a byte."""
+"""Of rows with gaps, up to here on the loop: each element may take 7 ns, and be a byte."""
 SHARE_NBYTES = 2 << 20
 """At least so much of a long copy is for each of the threads that share it."""
 MAX_THREADS = 4

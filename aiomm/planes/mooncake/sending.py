@@ -16,7 +16,7 @@ from ...errors import PlaneUnavailable, ProtocolError
 from ...gpu.lanes import finished
 from ...gpu.runtime import GpuError, explained
 from ..base import GrantKey, RemoteArena, Run
-from ..copying import check_runs
+from ..copying import STRIDED_NBYTES, check_runs
 from .outlet import Outlet
 from .staging import SLOT_NBYTES, Slot
 from .wire import (
@@ -39,8 +39,6 @@ DIRECT_NBYTES = 16 << 20
 """Registered memory is read in pieces of at most so many bytes."""
 INLINE_NBYTES, INLINE_COPIES = 1 << 20, 64
 """Up to here a slot is filled on the loop thread."""
-INLINE_PACKED_NBYTES = 1 << 17
-"""The same for rows that are not dense."""
 
 STATUS_TEXTS = {
     Status.NOT_PERMITTED: "the receiver has not granted these bytes",
@@ -415,7 +413,7 @@ def _parcels(fills: Iterator[SlotFill]) -> Iterator[list[SlotFill]]:
 def _is_quick(parcel: Sequence[SlotFill]) -> bool:
     """Whether to fill a slot so takes less than a hand-over to a thread."""
     nbytes = sum(fill.nbytes for fill in parcel)
-    limit = INLINE_NBYTES if all(fill.is_dense for fill in parcel) else INLINE_PACKED_NBYTES
+    limit = INLINE_NBYTES if all(fill.is_dense for fill in parcel) else STRIDED_NBYTES
     return nbytes <= limit and len(parcel) <= INLINE_COPIES
 
 

@@ -6,13 +6,12 @@ from functools import partial
 
 from ...gpu.pinning import Pin
 from ..base import Run
-from ..copying import Copies
+from ..copying import STRIDED_NBYTES, Copies
 
 __all__ = ["Packing"]
 
 NBYTES = 1 << 20
 """At most so many bytes are packed at a time, unless one row is longer."""
-INLINE_NBYTES = 1 << 17
 
 
 class Packing:
@@ -38,7 +37,7 @@ class Packing:
     async def pack(self, run: Run, target: memoryview, copies: Copies) -> None:
         """Copy the rows of `run` into `target`, on the thread if that takes long."""
         copy = partial(run.rows.copy_into, target, run.first, run.count)
-        if run.nbytes <= INLINE_NBYTES and run.rows.device == "cpu":
+        if run.nbytes <= STRIDED_NBYTES and run.rows.device == "cpu":
             copy()
         else:
             await copies.run(copy)
