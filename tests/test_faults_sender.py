@@ -80,6 +80,8 @@ async def kill_again_and_again(plane: str, control: str) -> None:
         other = receiver.expect("other")
         bystander.tell("claim", ticket=other.to_json())
         await bystander.hear("state", state="SENDING")
+        exports = receiver._driver._exports
+        await until(lambda: bool(exports._planes_of_link), "the bystander's plane is there")
         before, free = resources(), num_blocks(receiver, "free")
         for fault in FAULTS:  # each round is the next life of the same sender
             async with child("sender", planes=plane, control=control, name="victim") as victim:
