@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from aiomm.gpu.choice import VARIABLE
 from benchmarks.gpu.content import ONE_FIELD, Fields
+from benchmarks.gpu.facts import NOT_INSTALLED
 from benchmarks.gpu.peers import Died, Peer, Told
 
 __all__ = ["Bench", "Check", "Failed", "Outcome", "Skipped", "Timing", "require", "until"]
@@ -87,6 +88,10 @@ class Bench:
     def num_devices(self) -> int:
         """How many GPUs there are."""
         return len(self.gpus["devices"])
+
+    def has(self, package: str) -> bool:
+        """Whether a package that a run can do without is installed; in a dry run none is."""
+        return bool(self.gpus["versions"].get(package, NOT_INSTALLED) != NOT_INSTALLED)
 
     def number(self, full: int, quick: int, dry: int) -> int:
         """Return how many, or how large, in a run of this kind."""

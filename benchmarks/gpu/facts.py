@@ -11,16 +11,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from aiomm.errors import PlaneUnavailable
 from aiomm.gpu.choice import gpu_runtime
 from aiomm.gpu.runtime import GpuError
+from aiomm.planes.mooncake.library import CUDA_BUILDS
 from benchmarks.gpu.tensors import is_fake
 
-__all__ = ["gpus", "machine_facts"]
+__all__ = ["NOT_INSTALLED", "gpus", "machine_facts"]
 
+NOT_INSTALLED = "not installed"
+MOONCAKE = (*CUDA_BUILDS, "mooncake-transfer-engine-non-cuda")
+"""The builds of its engine."""
 SMI_QUERY = "index,name,driver_version,uuid,mig.mode.current,pcie.link.gen.max,compute_mode"
 MPS_PROCESSES = ("nvidia-cuda-mps", "nvidia-cuda-mp")
 """The kernel cuts names of processes at 15 characters."""
@@ -41,10 +46,9 @@ def gpus() -> dict[str, Any]:
     reason = "" if devices else "the driver sees no GPU"
     if devices and not is_fake():
         reason = _why_no_torch()
-    packages = {name: _version(name) for name in ("torch", "cupy", "numpy", "uvloop")}
     return {
         "runtime": runtime.name,
-        "versions": {**versions, **({} if is_fake() else packages)},
+        "versions": {**versions, **({} if is_fake() else _packages())},
         "devices": described,
         "reason": reason,
     }
@@ -77,11 +81,24 @@ def _why_no_torch() -> str:
     return "" if torch.cuda.is_available() else "torch is not built for CUDA, or sees no GPU"
 
 
+def _packages() -> dict[str, str]:
+    names = ("torch", "cupy", "numpy", "uvloop")
+    return {**{name: _version(name) for name in names}, "mooncake": _mooncake()}
+
+
 def _version(name: str) -> str:
     try:
         return str(importlib.import_module(name).__version__)
     except Exception:  # whatever another package raises while it is imported
-        return "not installed"
+        return NOT_INSTALLED
+
+
+def _mooncake() -> str:
+    """Return the build of Mooncake's engine and its version, without loading it."""
+    for build in MOONCAKE:
+        with suppress(PackageNotFoundError):
+            return f"{build} {version(build)}"
+    return NOT_INSTALLED
 
 
 def _attributes(device: int) -> dict[str, int]:

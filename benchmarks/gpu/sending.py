@@ -57,9 +57,16 @@ class SenderActor(Actor):
     async def do_send(
         self, ticket: str, seed: int, num_tokens: int, source: str = "cuda", device: int = 0
     ) -> dict[str, Any]:
-        """Send one request."""
-        tensors = self._tensors(seed, num_tokens, source, device)
-        return _told(await self.endpoint.send(ticket, tensors, timeout=60))
+        """Send one request; `registered` tensors are of the GPU, and told to the planes."""
+        if source != "registered":
+            tensors = self._tensors(seed, num_tokens, source, device)
+            return _told(await self.endpoint.send(ticket, tensors, timeout=60))
+        tensors = self._tensors(seed, num_tokens, "cuda", device)
+        await self._register(tensors)
+        sent = _told(await self.endpoint.send(ticket, tensors, timeout=60))
+        for tensor in tensors.values():
+            await self.endpoint.unregister(tensor)
+        return sent
 
     async def do_send_anew(self, ticket: str, seed: int, num_tokens: int) -> dict[str, Any]:
         """Send one request with a sender of its own, and close that."""
@@ -97,6 +104,8 @@ class SenderActor(Actor):
         if num_tokens not in self._sources:
             self._sources = {num_tokens: self._tensors(1, num_tokens, "cuda", self.device)}
             self._plain = self.tensors.plain_copy(self.device, nbytes)
+            if self.settings.get("registers"):
+                await self._register(self._sources[num_tokens])
         assert self._plain is not None
         plain = self._plain(nbytes)
         transfer = self.endpoint.claim(ticket, num_tokens=num_tokens)
@@ -163,6 +172,10 @@ class SenderActor(Actor):
     def do_ready(self) -> bool:
         """Return when the late tensors are made. It holds the loop, as any encoder may."""
         return all(delay() for delay in self.late.values())
+
+    async def _register(self, tensors: dict[str, Any]) -> None:
+        for tensor in tensors.values():
+            await self.endpoint.register(tensor)
 
     def _tensors(self, seed: int, num_tokens: int, source: str, device: int) -> dict[str, Any]:
         return {

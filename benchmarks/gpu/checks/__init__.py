@@ -22,6 +22,7 @@ CHECKS = (
     Check("cancels", cancels.cancels, 90),
     Check("busy receiver", speed.busy_receiver, 90),
     Check("transfers", speed.transfers, 120),
+    Check("planes", speed.planes, 120),
     Check("writes", speed.writes, 60),
     Check("copies", speed.copies, 90),
     Check("opening", speed.opening, 60),

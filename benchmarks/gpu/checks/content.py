@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from aiomm.planes.mooncake.library import is_cuda_build
 from benchmarks.gpu.bench import Bench, require
 from benchmarks.gpu.content import TWO_FIELDS
 from benchmarks.gpu.peers import Peer
@@ -80,6 +81,13 @@ WAYS = (
     Way("cpu", "cuda", "auto", "shm"),
     Way("cpu", "strided", "auto", "shm"),
     Way("cpu", "cuda", "tcp", "tcp"),
+    Way("cuda:0", "registered", "mooncake", "mooncake"),
+    Way("cuda:0", "registered", "mooncake", "mooncake", num_tokens=9001),
+    Way("cuda:0", "cuda", "mooncake", "mooncake"),
+    Way("cuda:0", "strided", "mooncake", "mooncake"),
+    Way("cuda:0", "cpu", "mooncake", "mooncake", num_tokens=1500),
+    Way("cpu", "registered", "mooncake", "mooncake"),
+    Way("cpu", "cuda", "mooncake", "mooncake"),
 )
 """1500 tokens are two chunks, 9001 more than the pool has room for."""
 POOL: Mapping[str, Any] = {"blocks": 32, "block_size": 128, "default_blocks": 8, "max_peers": 8}
@@ -110,8 +118,12 @@ def _missing(bench: Bench, way: Way) -> str:
         return "a second GPU"
     if bench.is_dry and way.source in ("strided", "cupy"):
         return f"{way.source} sources (dry run)"
-    if way.source == "cupy" and bench.gpus["versions"].get("cupy") == "not installed":
+    if way.source == "cupy" and not bench.has("cupy"):
         return "cupy"
+    if way.planes == "mooncake" and not bench.has("mooncake"):
+        return "mooncake"
+    if way.source == "registered" and not is_cuda_build():
+        return "registered tensors (they need Mooncake's CUDA build)"
     return ""
 
 

@@ -6,10 +6,11 @@ import asyncio
 import statistics
 from collections.abc import Sequence
 
+from aiomm.planes.mooncake.library import is_cuda_build
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.peers import Peer
 
-__all__ = ["busy_receiver", "copies", "opening", "transfers", "waking", "writes"]
+__all__ = ["busy_receiver", "copies", "opening", "planes", "transfers", "waking", "writes"]
 
 KIB, MIB = 1 << 10, 1 << 20
 ROW_NBYTES = 64 * KIB
@@ -54,6 +55,29 @@ async def transfers(bench: Bench) -> str:
         bench.time("plain copy", plain, nbytes)
         medians[nbytes] = (statistics.median(seconds), statistics.median(plain))
     return _goals(bench, medians)
+
+
+async def planes(bench: Bench) -> str:
+    """Time 64 MiB from GPU to GPU over each plane that there is, and plain copies in between."""
+    nbytes = DRY_SIZES[-1] if bench.is_dry else 64 * MIB
+    told = []
+    for plane in ("cuda_ipc", "shm", "tcp", *(["mooncake"] if bench.has("mooncake") else [])):
+        sender, receiver = await bench.pair(
+            sender={"planes": plane, "registers": plane == "mooncake" and is_cuda_build()},
+            planes=plane,
+            blocks=2 * nbytes // MIB,
+            block_size=16,
+            default_blocks=1,
+        )
+        tokens, rounds = nbytes // ROW_NBYTES, bench.number(20, 10, 3)
+        pairs = [await _timed(sender, receiver, f"{plane} {n}", tokens) for n in range(rounds + 3)]
+        seconds, plain = ([pair[side] for pair in pairs[3:]] for side in (0, 1))
+        bench.time(f"transfer over {plane}", seconds, nbytes)
+        bench.time(f"plain copy beside {plane}", plain, nbytes)
+        rate = nbytes / statistics.median(seconds) / 1e9
+        told.append(f"{plane} {_us(statistics.median(seconds))} ({rate:.1f} GB/s)")
+        await asyncio.gather(sender.close(), receiver.close())
+    return f"{nbytes // MIB} MiB: {'; '.join(told)}"
 
 
 async def writes(bench: Bench) -> str:
