@@ -32,8 +32,12 @@ SYSTEM_PACKAGES = {
     "libnuma.so.1": "libnuma1",
     "libcurl.so.4": "libcurl4",
 }
-CUDA_LIBRARIES = ("libcuda.so", "libcudart.so", "libmlx5.so")
-"""What only the CUDA builds need."""
+CUDA_LIBRARIES = {
+    "libcuda.so": "a driver of NVIDIA's",
+    "libcudart.so": "it in LD_LIBRARY_PATH (torch brings it along, as nvidia/cu13/lib or the like)",
+    "libmlx5.so": "the system package ibverbs-providers",
+}
+"""What only the CUDA builds need, and where it comes from."""
 CUDA_BUILDS = ("mooncake-transfer-engine", "mooncake-transfer-engine-cuda13")
 NOT_INSTALLED = 'needs Mooncake: pip install "aiomm[mooncake]"'
 IPV6_VARIABLE = "MC_USE_IPV6"
@@ -156,11 +160,12 @@ def _import_engine() -> Any:
 def _explain(exc: ImportError) -> str:
     """Say what to install. That `import mooncake` succeeds proves nothing."""
     text = str(exc)
-    if any(library in text for library in CUDA_LIBRARIES):
-        return (
-            "Mooncake's CUDA build is installed, and this machine has no CUDA: uninstall it and "
-            'pip install "aiomm[mooncake]", the build without'
-        )
+    for library, source in CUDA_LIBRARIES.items():
+        if library in text:
+            return (
+                f"Mooncake's CUDA build does not find {library}: it needs {source}; or, without "
+                'CUDA, uninstall it and pip install "aiomm[mooncake]"'
+            )
     for library, package in SYSTEM_PACKAGES.items():
         if library in text:
             return f"{library} is missing: install the system package {package}"
