@@ -40,7 +40,7 @@ class Unproven(Withdrawing):
 
 def test_of_a_request_that_goes_on_only_older_grants_are_withdrawn() -> None:
     """The sender writes under the newest while the blocks of the others are moved out."""
-    exports, export = Exports(LAYOUT), Withdrawing()
+    exports, export = Exports(LAYOUT, lambda link, notes: None), Withdrawing()
     exports._exports["test"] = export
     grants = [GrantKey(1, 7, sequence) for sequence in range(4)]
     for grant in grants:
@@ -56,7 +56,7 @@ def test_of_a_request_that_goes_on_only_older_grants_are_withdrawn() -> None:
 
 def over_two_planes() -> Exports:
     """Return exports over one plane that proves the end of what lands, and one that does not."""
-    exports, arena = Exports(LAYOUT), HostArena(LAYOUT.nbytes)
+    exports, arena = Exports(LAYOUT, lambda link, notes: None), HostArena(LAYOUT.nbytes)
     exports._exports.update(shm=Unproven(), tcp=Withdrawing())
     exports._arenas.update(shm=arena, tcp=arena)
     return exports
@@ -91,7 +91,10 @@ def test_of_a_link_that_is_gone_nothing_is_kept() -> None:
 
 async def test_what_this_side_puts_into_blocks_is_landing_until_it_is_there() -> None:
     """Of that request, and then nothing is kept of it."""
-    exports, upload = Exports(LAYOUT), asyncio.get_running_loop().create_future()
+    exports, upload = (
+        Exports(LAYOUT, lambda link, notes: None),
+        asyncio.get_running_loop().create_future(),
+    )
     exports.note_upload(5, upload)
     assert exports.landing(5) == [upload]
     assert exports.landing(6) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..buffers.arena import Arena, HostArena
@@ -24,10 +24,12 @@ class Exports:
 
     Args:
         layout: of the arena.
+        noted: given the notes that planes have carried over a link.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, noted: Callable[[int, Sequence[bytes]], None]) -> None:
         self._layout = layout
+        self._noted = noted
         self._exports: dict[str, Export] = {}
         self._arenas: dict[str, Arena] = {}
         """What each of them opens."""
@@ -72,12 +74,13 @@ class Exports:
             raise PlaneUnavailable(reason)
         for place in places:
             try:
-                self._exports[plane.name] = await plane.export(place)
+                export = self._exports[plane.name] = await plane.export(place)
             except PlaneUnavailable as exc:
                 if place is places[-1]:
                     raise
                 logger.info("! no plane %s into %s: %s", plane.name, place.device, exc)
             else:
+                export.noted = self._noted
                 self._arenas[plane.name] = place
                 return
 

@@ -19,7 +19,15 @@ from ..buffers.layout import Layout
 from ..buffers.pool import BlockPool
 from ..buffers.queue import QueueFull, ReservationQueue
 from ..config import ReceiverSettings
-from ..errors import AiommError, Failure, PlaneUnavailable, Reason, Rejected, error_from
+from ..errors import (
+    AiommError,
+    Failure,
+    PlaneUnavailable,
+    ProtocolError,
+    Reason,
+    Rejected,
+    error_from,
+)
 from ..gpu.lanes import Mark, finished
 from ..gpu.runtime import GpuError
 from ..planes.base import GrantKey, Plane
@@ -123,7 +131,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.queue = _queue_over(self.pool, settings.max_waiting, len(schema))
         self.layout = Layout(schema, settings.blocks * settings.block_size, settings.max_peers)
         self.memory = Memory(self.layout, device, name, settings.max_spare_bytes)
-        self._exports = Exports(self.layout)
+        self._exports = Exports(self.layout, self._notes_received)
         self.endpoint = ReceiveEndpoint(
             new_epoch(),
             schema,
@@ -234,6 +242,17 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
     def parted(self, command: Part) -> None:
         """Forget a sender that is gone for good."""
         self._exports.forget(self._links.pop(command.peer, 0))
+
+    def _notes_received(self, link: int, notes: Sequence[bytes]) -> None:
+        """Take what a plane has carried behind the bytes that it speaks of."""
+        for note in notes:
+            try:
+                self.endpoint.note_received(link, note, self.now())
+            except ProtocolError as exc:
+                logger.warning("! %s refuses a note over link %d: %s", self.name, link, exc)
+            except Exception:  # a bug with one note must not cost the others
+                logger.exception("! %s could not take a note over link %d", self.name, link)
+        self.pump()
 
     # The pool.
 

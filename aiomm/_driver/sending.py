@@ -286,8 +286,12 @@ class SendDriver(Driver[SendEndpoint]):
                 grant = GrantKey(route.link, generation, command.sequence)
                 if self.settings.checksum:
                     checksum = await self._checksums.by_threads(self._chunk_of(command, route))
-                await route.arena.write(grant, runs)
                 plane = route.plane
+                if route.arena.carries_notes:
+                    note = self.endpoint.note(generation, checksum, plane)
+                    await route.arena.write_and_note(grant, runs, note)
+                else:
+                    await route.arena.write(grant, runs)
         except Exception as exc:  # whatever a plane raises fails this transfer and no other
             await self._end_of(generation)
             self.endpoint.write_failed(generation, _failure_of(exc), self.now())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import msgspec
@@ -75,6 +75,10 @@ class Run(msgspec.Struct, frozen=True):
 class Export(ABC):
     """Receiver's side: one arena, open to peers over one plane."""
 
+    noted: Callable[[int, Sequence[bytes]], None]
+    """Set by the receiver, for planes that carry notes: to be given the notes of a link, on the
+    loop, once every byte of their writes has landed; not if the grant was withdrawn before."""
+
     @abstractmethod
     def offer(self, link: int) -> bytes:
         """Return what the sender on `link` needs to attach.
@@ -117,6 +121,10 @@ class Export(ABC):
 class RemoteArena(ABC):
     """Sender's side: a receiver's arena, reached over one plane."""
 
+    carries_notes: ClassVar[bool] = False
+    """Whether there is a :meth:`write_and_note`: for planes whose receiver knows by itself when
+    the bytes are there. It need not wait for the sender to hear of that, and to tell it."""
+
     def write_at_once(self, grant: GrantKey, runs: Sequence[Run]) -> bool:
         """Do what :meth:`write` does, now, if that takes a millisecond or two at most.
 
@@ -135,6 +143,15 @@ class RemoteArena(ABC):
         Raises:
             PlaneUnavailable: the write failed, and why.
         """
+
+    async def write_and_note(self, grant: GrantKey, runs: Sequence[Run], note: bytes) -> None:
+        """Do what :meth:`write` does, and give the receiver `note` behind the last byte, once.
+
+        Args:
+            note: at most 4 KiB. The receiver's :attr:`Export.noted` has had it on return; after
+                an error nobody knows.
+        """
+        raise NotImplementedError
 
     async def quiesce(self) -> None:  # noqa: B027
         """Return once no byte of any failed write can land any more.

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import msgspec
 
-from ..errors import Failure, Reason, Rejected
+from ..errors import Failure, ProtocolError, Reason, Rejected
 from ..types import Allocation, Schema, TransferId
 from . import events, frames
 from .commands import (
@@ -32,7 +32,7 @@ from .commands import (
     Verify,
 )
 from .endpoint import Endpoint
-from .frames import Frame, Hello, PlaneOffer
+from .frames import Frame, Hello, PlaneOffer, decode
 from .receive_transfer import ReceiveTransfer
 from .session import Path, Session, Timing
 from .states import IllegalTransition
@@ -215,6 +215,21 @@ class ReceiveEndpoint(Endpoint):
             self._feed(number, events.Reserved(allocation, extends), now)
         else:
             self._do([Release(number, (allocation,))])
+
+    def note_received(self, link: int, encoded: bytes, now: float) -> None:
+        """Take what a plane has carried over `link`, behind the bytes that it speaks of.
+
+        Raises:
+            ProtocolError: it is no note of the sender on that link.
+        """
+        packet = decode(encoded)
+        session = self.sessions.get(packet.source_epoch)
+        if session is None or session.hello.link != link or packet.target_epoch != self.epoch:
+            raise ProtocolError("a note of another link")
+        if not isinstance(packet.frame, frames.Written):
+            raise ProtocolError(f"a note is {type(packet.frame).__name__}, not Written")
+        for frame in session.receive_note(packet):
+            self._frame_received(session, frame, now)
 
     def refused(self, number: int, now: float) -> None:
         """The pool cannot give the whole rest now."""

@@ -61,6 +61,8 @@ class SendTransfer(Transfer):
         """A `Written` has told the receiver that nothing follows."""
         self._writing = 0
         """Tokens of the running write; it stays until the write is known to be drained."""
+        self._noted: frames.Written | None = None
+        """What the plane carries behind the bytes of the running write, if it does."""
         self._owes_ack = False
 
     @property
@@ -74,6 +76,11 @@ class SendTransfer(Transfer):
         self._told = (self.total, self.metadata)
         frame = frames.Offer(self.id, key, redemption, self.total, self.metadata, timeout)
         return [SendFrame(frame)]
+
+    def note(self, checksum: bytes, plane: str) -> frames.Written:
+        """Return what tells of the running write, for the plane to carry behind its bytes."""
+        self._noted = self._written(checksum, plane)
+        return self._noted
 
     def handle(self, event: SendEvent, now: float) -> Commands:
         """Take one event; return what to do, in order."""
@@ -155,15 +162,17 @@ class SendTransfer(Transfer):
         ]
 
     def _write_finished(self, event: WriteFinished, now: float) -> Commands:
-        count, self._writing = self._writing, 0
+        said, self._noted = self._noted, None
         if self.state.is_terminal:
+            self._writing = 0
             return self._acknowledge_abort()
-        sequence, start = self._grants[0].sequence, self.transferred_tokens
-        self._count(sequence, count)
-        checksum, plane = event.checksum, event.plane
-        written = frames.Written(self.id, sequence, start, count, self.total, checksum, plane)
-        commands: Commands = [SendFrame(written)]
-        if self.transferred_tokens == self.total:
+        commands: Commands = []
+        if said is None:
+            said = self._written(event.checksum, event.plane)
+            commands.append(SendFrame(said))
+        self._count(said.sequence, said.count)
+        self._writing = 0
+        if self.transferred_tokens == said.total:
             self._sealed = True
         elif self._grant_is_full():
             self._grants.pop(0)
@@ -171,6 +180,10 @@ class SendTransfer(Transfer):
             if self._grants:
                 self._move(Resumed, now)
         return commands + self._write_next()
+
+    def _written(self, checksum: bytes, plane: str) -> frames.Written:
+        start, sequence = self.transferred_tokens, self._grants[0].sequence
+        return frames.Written(self.id, sequence, start, self._writing, self.total, checksum, plane)
 
     def _grant_is_full(self) -> bool:
         grant = self._grants[0]
@@ -180,7 +193,10 @@ class SendTransfer(Transfer):
     def _accepted(self, now: float) -> Commands:
         if self.state.is_terminal:
             return []
-        if not self._sealed:
+        if self._noted is not None and self.transferred_tokens + self._writing == self.total:
+            # The note of the last write has arrived; the plane's answer is still on its way.
+            self._count(self._noted.sequence, self._writing)
+        elif not self._sealed:
             raise ProtocolViolation(
                 f"accepted after {self.transferred_tokens} of {self.total} tokens"
             )

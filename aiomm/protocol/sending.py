@@ -179,6 +179,15 @@ class SendEndpoint(Endpoint):
 
     # What the driver reports.
 
+    def note(self, generation: int, checksum: bytes = b"", plane: str = "") -> bytes:
+        """Return what tells the receiver of the running write, to be carried behind its bytes.
+
+        For planes that can; when it has landed, so has the note, and no frame will tell of it.
+        The transfer must not have failed.
+        """
+        opened = self._opened[generation]
+        return self.sessions[opened.peer].note(opened.transfer.note(checksum, plane))
+
     def write_finished(
         self, generation: int, now: float, checksum: bytes = b"", plane: str = ""
     ) -> None:

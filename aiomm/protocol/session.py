@@ -139,6 +139,8 @@ class Session:
         self._unacknowledged: deque[tuple[int, Frame]] = deque()
         """Frames that were handed to the channel, until the peer has acknowledged them."""
         self._early: dict[int, Frame] = {}
+        self._notes: list[tuple[int, Frame]] = []
+        """What planes have carried, and the frame that each of them waits for."""
         self._outbox: list[Frame] = []
         self._resend_after = timing.resend_first
         self._resend_at = self._acknowledge_at = NEVER
@@ -177,6 +179,10 @@ class Session:
         queue.append((self._sent, frame))
         self._changed(self)
 
+    def note(self, frame: Frame) -> bytes:
+        """Return a frame for a plane to carry, which stands behind all frames sent so far."""
+        return self._encoded(self._sent, frame)
+
     def say(self, frame: Frame) -> None:
         """Queue a frame that may be lost: Ping, Pong, Ack; and see :meth:`say_last`."""
         self._outbox.append(frame)
@@ -213,7 +219,7 @@ class Session:
             self._acknowledge_at = now
         elif self._acknowledge_at == NEVER:
             self._acknowledge_at = now + self._timing.acknowledge
-        if sequence == self._delivered + 1 and not self._early:
+        if sequence == self._delivered + 1 and not (self._early or self._notes):
             self._delivered = sequence
             return [frame]
         ahead = sequence - self._delivered
@@ -222,6 +228,16 @@ class Session:
             return []
         self._early[sequence] = frame
         return self._in_order()
+
+    def receive_note(self, packet: Packet) -> list[Frame]:
+        """Take what a plane has carried; return it now, or with the frames it stands behind."""
+        if packet.sequence <= self._delivered:
+            return [packet.frame]
+        if len(self._notes) < MAX_UNACKNOWLEDGED:
+            self._notes.append((packet.sequence, packet.frame))
+        else:
+            self.ignored += 1
+        return []
 
     def packets(self, now: float) -> list[bytes]:
         """Return what has to be handed to the channel now."""
@@ -296,6 +312,9 @@ class Session:
         while (frame := self._early.pop(self._delivered + 1, None)) is not None:
             self._delivered += 1
             ready.append(frame)
+            if self._notes:
+                ready += [note for behind, note in self._notes if behind == self._delivered]
+                self._notes = [each for each in self._notes if each[0] > self._delivered]
         return ready
 
     def _settle(self, acknowledged: int, now: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -70,9 +70,13 @@ class Link:
 
     async def write(self, runs: Sequence[Run], grant: GrantKey = GRANT) -> None:
         """Permit exactly the bytes of `runs` and write them."""
+        self.permit(runs, grant)
+        await self.remote.write(grant, runs)
+
+    def permit(self, runs: Sequence[Run], grant: GrantKey = GRANT) -> None:
+        """Permit exactly the bytes of `runs`."""
         ranges = [ByteRange(run.offset, run.offset + run.nbytes) for run in runs]
         self.export.permit(grant, ranges)
-        await self.remote.write(grant, runs)
 
     async def aclose(self) -> None:
         """Close both ends."""
@@ -388,3 +392,68 @@ class PlaneContract(ABC):
         await live_once()
         assert resources() == before
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+class NotesContract(PlaneContract):
+    """More tests, for planes that carry notes."""
+
+    def listen(self, link: Link) -> list[tuple[bytes, bytes]]:
+        """Return a list that each note goes into, with what the arena holds at that moment."""
+        heard: list[tuple[bytes, bytes]] = []
+
+        def noted(number: int, notes: Sequence[bytes]) -> None:
+            assert number == LINK
+            heard.extend((note, link.content()) for note in notes)
+
+        link.export.noted = noted
+        return heard
+
+    async def test_a_note_comes_behind_the_last_byte(self, link: Link) -> None:
+        heard, tensor = self.listen(link), random_rows(4, 1000)
+        assert link.remote.carries_notes
+        run = whole(tensor, 64)
+        link.permit([run])
+        await link.remote.write_and_note(GRANT, [run], b"first")
+        assert heard == [(b"first", expected_content(ARENA_NBYTES, (64, tensor)))]
+        await link.remote.write_and_note(GRANT, [run], b"x" * 4096)
+        assert [note for note, _ in heard] == [b"first", b"x" * 4096]
+
+    async def test_a_write_without_a_note_has_none(self, link: Link) -> None:
+        heard = self.listen(link)
+        await link.write([whole(random_rows(4, 1000), 0)])
+        assert heard == []
+
+    async def test_one_note_of_many_runs(self, link: Link) -> None:
+        heard, tensor = self.listen(link), random_rows(3000, 8)
+        runs = [Run(rows_of(tensor), row, 1, 16 * row) for row in range(3000)]
+        link.permit(runs)
+        await link.remote.write_and_note(GRANT, runs, b"note")
+        parts = [(16 * row, tensor[row : row + 1]) for row in range(3000)]
+        assert heard == [(b"note", expected_content(ARENA_NBYTES, *parts))]
+
+    @pytest.mark.parametrize("make", [random_rows, strided_rows])
+    async def test_a_note_of_a_large_write(self, make: Callable[[int, int], torch.Tensor]) -> None:
+        link = await self.open_link(LARGE_NBYTES)
+        heard, tensor = self.listen(link), make(LARGE_NBYTES >> 12, 4096)
+        run = whole(tensor, 0)
+        link.permit([run])
+        await link.remote.write_and_note(GRANT, [run], b"note")
+        assert heard == [(b"note", bytes_of(tensor))]
+        await link.aclose()
+
+    async def test_notes_of_writes_at_once(self, link: Link) -> None:
+        heard, notes = self.listen(link), [f"{number}".encode() for number in range(600)]
+        run = whole(random_rows(1, 8), 0)
+        link.permit([run])
+        await asyncio.gather(*(link.remote.write_and_note(GRANT, [run], note) for note in notes))
+        assert sorted(note for note, _ in heard) == sorted(notes)
+
+    async def test_no_note_of_what_was_not_granted(self, link: Link) -> None:
+        heard, run = self.listen(link), whole(random_rows(1, 64), 0)
+        with pytest.raises(PlaneUnavailable):
+            await link.remote.write_and_note(GRANT, [run], b"note")
+        link.permit([run])
+        link.export.revoke(GRANT)
+        with pytest.raises(PlaneUnavailable):
+            await link.remote.write_and_note(GRANT, [run], b"note")
+        assert heard == []

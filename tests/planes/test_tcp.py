@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import msgspec
@@ -28,7 +27,7 @@ from .contract import (
     GRANT,
     LINK,
     Link,
-    PlaneContract,
+    NotesContract,
     bytes_of,
     expected_content,
     random_rows,
@@ -89,12 +88,16 @@ class ByHand:
 
 
 def header(
-    *pieces: tuple[int, int], grant: GrantKey = GRANT, number: int = 0, landed: int = 0
+    *pieces: tuple[int, int],
+    grant: GrantKey = GRANT,
+    number: int = 0,
+    landed: int = 0,
+    note: bytes = b"",
 ) -> bytes:
     """Return a header for `pieces` of offset and length, valid or not."""
     names = (number, landed, grant.generation, grant.sequence)
-    packed = wire.HEADER.pack(wire.HEADER_MAGIC, len(pieces), *names)
-    return packed + b"".join(wire.PIECE.pack(*piece) for piece in pieces)
+    packed = wire.HEADER.pack(wire.HEADER_MAGIC, len(pieces), len(note), *names)
+    return packed + b"".join(wire.PIECE.pack(*piece) for piece in pieces) + note
 
 
 class WatchedArena(HostArena):
@@ -144,7 +147,7 @@ async def impostor(greeting: bytes, answer: bytes = b"") -> AsyncIterator[bytes]
     await server.wait_closed()
 
 
-class TestTcpPlane(PlaneContract):
+class TestTcpPlane(NotesContract):
     def make_plane(self) -> Plane:
         return TcpPlane()
 
@@ -252,22 +255,36 @@ class TestTcpPlane(PlaneContract):
         by_hand = await ByHand.connect(link)
         offer = wire.decode_offer(link.export.offer(LINK))
         link.export.permit(GRANT, [ByteRange(0, 64)])
-        stream = wire.encode_preamble(offer) + header((0, 5), (32, 0), (10, 3)) + b"12345abc"
-        for byte in stream:
+        heard, spoken = self.listen(link), header((0, 5), (32, 0), (10, 3), note=b"note")
+        for byte in wire.encode_preamble(offer) + spoken + b"12345abc":
             by_hand.writer.write(bytes([byte]))
             await asyncio.sleep(0)
         await by_hand.reader.readexactly(wire.GREETING.size)
         assert await by_hand.status() is Status.LANDED
         assert link.content()[:13] == b"12345" + bytes([BACKGROUND]) * 5 + b"abc"
+        assert heard == [(b"note", link.content())]
         await by_hand.aclose()
 
     async def test_many_small_writes_in_one_packet(self, link: Link) -> None:
         by_hand = await ByHand.admitted(link)
         link.export.permit(GRANT, [ByteRange(0, 5000)])
-        stream = b"".join(header((index, 1)) + bytes([index % 251]) for index in range(5000))
+        notes: list[bytes] = []
+        batches: list[int] = []
+
+        def noted(_: int, together: Sequence[bytes]) -> None:
+            notes.extend(together)
+            batches.append(len(together))
+
+        link.export.noted = noted
+        names = [f"{index}".encode() for index in range(5000)]
+        stream = b"".join(
+            header((index, 1), note=names[index]) + bytes([index % 251]) for index in range(5000)
+        )
         by_hand.writer.write(stream)
         for _ in range(5000):
             assert await by_hand.status() is Status.LANDED
+        assert notes == names
+        assert len(batches) < 500
         assert link.content()[:5000] == bytes(index % 251 for index in range(5000))
         await by_hand.aclose()
 
@@ -334,7 +351,8 @@ class TestTcpPlane(PlaneContract):
             bytes(wire.HEADER.size),
             b"\xff" * 100,
             header(),
-            struct.pack("!IIQQQQ", wire.HEADER_MAGIC, wire.MAX_RUNS + 1, 0, 0, 1, 1),
+            wire.HEADER.pack(wire.HEADER_MAGIC, wire.MAX_RUNS + 1, 0, 0, 0, 1, 1),
+            header((0, 1), note=bytes(wire.MAX_NOTE_NBYTES + 1)),
             header((0, ARENA_NBYTES + 1)),
             header((0, 2**64 - 1)),
             header((0, ARENA_NBYTES), (0, 1)),

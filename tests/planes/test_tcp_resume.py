@@ -17,7 +17,7 @@ from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes.base import Run
-from aiomm.planes.tcp import TcpPlane, connecting, receiving, sending, wire
+from aiomm.planes.tcp import TcpPlane, connecting, progress, receiving, sending, wire
 
 from .contract import (
     BACKGROUND,
@@ -289,16 +289,39 @@ async def test_writes_that_share_the_connection(monkeypatch: pytest.MonkeyPatch,
 
 
 async def test_many_small_writes_when_it_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte arrives, and every note once."""
     tensors = [random_rows(4, 256, index) for index in range(500)]
+    notes: list[bytes] = []
     async with cabled(monkeypatch) as (link, cable, _):
+        link.export.noted = lambda _, together: notes.extend(together)
         cable.breaks = [5_000 + 61_234 * index for index in range(6)]
         cable.answer_breaks = [1_000, 3_001]
-        writes = [
-            link.write([whole(tensor, 1024 * index)], GRANT._replace(sequence=index))
-            for index, tensor in enumerate(tensors)
-        ]
+        writes = []
+        for index, tensor in enumerate(tensors):
+            runs, grant = [whole(tensor, 1024 * index)], GRANT._replace(sequence=index)
+            link.permit(runs, grant)
+            writes.append(link.remote.write_and_note(grant, runs, f"{index}".encode()))
         await asyncio.gather(*writes)
         assert link.content()[: 500 * 1024] == b"".join(map(bytes_of, tensors))
+        assert sorted(map(int, notes)) == list(range(500))
+
+
+async def test_no_more_are_on_their_way_than_the_receiver_keeps_the_end_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their answers are lost, and none is written again: its note would come again, too."""
+    run, notes = whole(random_rows(1, 8), 0), list[bytes]()
+    async with cabled(monkeypatch) as (link, cable, _):
+        link.export.noted = lambda _, together: notes.extend(together)
+        link.permit([run])
+        cable.answer_breaks = [wire.GREETING.size]
+        count = 3 * progress.MAX_ENDED
+        writes = [
+            link.remote.write_and_note(GRANT, [run], f"{index}".encode()) for index in range(count)
+        ]
+        await asyncio.gather(*writes)
+        assert cable.num_connections == 2
+        assert sorted(map(int, notes)) == list(range(count))
 
 
 async def test_a_grant_revoked_while_the_connection_is_broken(

@@ -104,6 +104,14 @@ class Receiving(Process):
             raise Violation(f"{token.writer} wrote token {position}, which is not its own")
         self.cells[position] = token
 
+    def noted(self, writer: Writer, note: bytes) -> bool:
+        """A note comes behind the last token of a write; False if its grant was withdrawn."""
+        session = self.endpoint.sessions.get(writer.epoch)
+        if writer in self.revoked or session is None:
+            return False
+        self.endpoint.note_received(session.hello.link, note, self.world.now)
+        return True
+
     # Commands.
 
     def execute(self, command: do.Command) -> None:

@@ -76,9 +76,12 @@ class Sending(Process):
         seconds = chance.choice([0.0, 0.001, 0.05])
         for index, position in enumerate(positions):
             token = Token(Writer(self.epoch, transfer), start + index)
-            delay = seconds * (index + 1) / len(positions)
+            delay = min(seconds, seconds * (index + 1) / len(positions))
             self._land_after(delay, target, position, token)
-        if chance.random() < self.world.faults.write_failure:
+        has_link = self.endpoint.peer_of(generation) in self.endpoint.sessions
+        if has_link and chance.random() < 0.5:
+            self._write_with_note(transfer, target, seconds, positions, start)
+        elif chance.random() < self.world.faults.write_failure:
             failure = Failure(Reason.PLANE, "the plane broke")
             self.later(
                 seconds * chance.random(),
@@ -87,6 +90,45 @@ class Sending(Process):
         else:
             checksum = f"{start}+{len(positions)}".encode() if chance.random() < 0.3 else b""
             self.later(seconds, lambda: self._written(generation, None, checksum))
+
+    def _write_with_note(
+        self,
+        transfer: TransferId,
+        target: Receiving | None,
+        seconds: float,
+        positions: list[int],
+        start: int,
+    ) -> None:
+        """The plane carries a note behind the last token, and answers later, or breaks."""
+        generation, chance = transfer.generation, self.world.random
+        checksum = f"{start}+{len(positions)}".encode() if chance.random() < 0.3 else b""
+        note = self.endpoint.note(generation, checksum)
+        refused = Failure(Reason.PLANE, "the grant was withdrawn")
+        broken = Failure(Reason.PLANE, "the plane broke before it answered")
+        is_breaking = chance.random() < self.world.faults.write_failure
+        delay = chance.choice([0.0, 0.001, 0.05])
+
+        is_answered = False
+
+        def hear(target: Receiving) -> None:
+            nonlocal is_answered
+            is_answered = True
+            is_noted = target.noted(Writer(self.epoch, transfer), note)
+            failure = broken if is_breaking else None if is_noted else refused
+            self.later(delay, lambda: self._written(generation, failure))
+
+        def watch() -> None:
+            if target is None or not target.is_alive:
+                self._written(generation, broken)
+            elif not is_answered:
+                self.later(0.5, watch)
+
+        def landed() -> None:
+            if target is not None:
+                target.later(0.0, lambda: hear(target))
+            self.later(0.5, watch)
+
+        self.world.after(seconds, landed, self)
 
     def _memory_of(self, generation: int) -> Receiving | None:
         peer = self.endpoint.peer_of(generation)

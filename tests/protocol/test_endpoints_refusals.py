@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from aiomm.errors import Reason, Rejected
+from aiomm.errors import ProtocolError, Reason, Rejected
 from aiomm.protocol import events, frames
 from aiomm.protocol.commands import Release
 from aiomm.protocol.events import TokensReady
@@ -411,6 +412,35 @@ class TestBrokenPeers:
         pair.wait()
         assert "the receiver broke the protocol" in message(pair.sender, generation)
         pair.check_settled()
+
+    def test_a_note_of_somebody_else(self) -> None:
+        """A sender's own link and life, and nothing but what it has written."""
+        pair = Pair()
+        pair.meet()
+        sender, receiver = pair.sender, pair.receiver.endpoint
+        session = sender.endpoint.sessions[receiver.epoch]
+        link = session.peer_hello.link
+        written = frames.Written(TransferId("request", 1), 0, 0, 8, 8)
+        good = frames.decode(session.note(written))
+        receiver.note_received(link, frames.encode(good), 1.0)
+        assert receiver.counters["of_no_transfer"] == 1
+        wrong = {
+            "a note of another link": [
+                (link + 1, good),
+                (link, msgspec.structs.replace(good, source_epoch=99)),
+                (link, msgspec.structs.replace(good, target_epoch=99)),
+            ],
+            "a note is Ping, not Written": [
+                (link, msgspec.structs.replace(good, frame=frames.Ping()))
+            ],
+        }
+        for why, notes in wrong.items():
+            for number, note in notes:
+                with pytest.raises(ProtocolError, match=why):
+                    receiver.note_received(number, frames.encode(note), 1.0)
+        with pytest.raises(ProtocolError, match="malformed"):
+            receiver.note_received(link, b"x", 1.0)
+        assert receiver.counters["of_no_transfer"] == 1
 
     def test_the_same_offer_twice(self) -> None:
         """The second one is ignored."""

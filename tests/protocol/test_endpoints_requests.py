@@ -304,7 +304,7 @@ class TestOffers:
         number = pair.redeem()
         pair.wait(0.01)
         pair.sender.endpoint.withdraw("request")
-        pair.wait()
+        pair.wait(5.0)
         assert reason(pair.receiver, number) is None
 
     def test_offered_twice(self) -> None:

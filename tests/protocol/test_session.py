@@ -50,6 +50,11 @@ def frame(sequence: int, acknowledged: int = 0) -> Packet:
     return Packet(1, 2, 1, sequence, acknowledged, redeem(sequence))
 
 
+def note(behind: int, number: int) -> Packet:
+    """Return a frame that a plane has carried, and that stands behind another one."""
+    return Packet(1, 2, 1, behind, 0, redeem(number))
+
+
 def ack(acknowledged: int) -> Packet:
     """Return an acknowledgement of the peer's."""
     return Packet(1, 2, 1, 0, acknowledged, frames.Ack())
@@ -165,6 +170,49 @@ class TestReceiving:
         assert end.ignored == 1
         assert end.receive(frame(MAX_EARLY_FRAMES), 0.0) == []
         assert end.ignored == 1
+
+    def test_a_note_stands_right_behind_the_frames_before_it(self) -> None:
+        """Whatever came first; the frames behind it were sent later."""
+        end = session()
+        assert numbers(end.receive(frame(1), 0.0)) == [1]
+        assert numbers(end.receive_note(note(1, 10))) == [10]
+        assert numbers(end.receive_note(note(3, 30))) == []
+        assert numbers(end.receive_note(note(2, 20))) == []
+        assert numbers(end.receive(frame(4), 0.0)) == []
+        assert numbers(end.receive(frame(3), 0.0)) == []
+        assert numbers(end.receive(frame(2), 0.0)) == [2, 20, 3, 30, 4]
+        assert numbers(end.receive_note(note(4, 40))) == [40]
+        assert numbers(end.receive(frame(5), 0.0)) == [5]
+
+    def test_a_note_waits_for_a_frame_that_comes_in_order(self) -> None:
+        """Also when nothing else is early."""
+        end = session()
+        assert numbers(end.receive_note(note(1, 10))) == []
+        assert numbers(end.receive(frame(1), 0.0)) == [1, 10]
+
+    def test_a_lost_peer_keeps_its_notes(self) -> None:
+        """Frames that came too early will come again, notes will not."""
+        end = session()
+        assert numbers(end.receive_note(note(1, 10))) == []
+        end.lose()
+        assert numbers(end.receive(frame(1), 1.0)) == [1, 10]
+
+    def test_notes_say_what_was_sent_before_them(self) -> None:
+        """Also what waits for room; and they acknowledge nothing that the channel would not."""
+        end = session()
+        assert decode(end.note(redeem(1))).sequence == 0
+        for number in range(MAX_EARLY_FRAMES + 3):
+            end.send(redeem(number))
+        end.receive(frame(1), 0.0)
+        assert decode(end.note(redeem(1))) == Packet(1, 1, 2, MAX_EARLY_FRAMES + 3, 1, redeem(1))
+        assert end.next_deadline() == pytest.approx(0.025)
+
+    def test_notes_that_wait_are_bounded(self) -> None:
+        """A peer that speaks of frames it never sends costs so much and no more."""
+        end = session()
+        for number in range(MAX_UNACKNOWLEDGED + 5):
+            assert end.receive_note(note(9, number)) == []
+        assert end.ignored == 5
 
     def test_acknowledgements_ride(self) -> None:
         """On whatever goes out; alone only when nothing does for 25 ms."""

@@ -157,6 +157,60 @@ class TestSender:
         assert transfer.handle(events.Accepted(), 2.0) == [do.Finish(TRANSFER)]
         assert transfer.chunks == []
 
+    def test_a_plane_that_carries_notes_tells_of_the_chunk(self) -> None:
+        """No frame does, and the state passes on as ever."""
+        transfer = self.offered(TokensReady(20, 20))
+        transfer.handle(events.Granted(0, 0, (Extent(0, 8),)), 1.0)
+        note = frames.Written(TRANSFER, 0, 0, 8, 20, b"sum", "tcp")
+        assert transfer.note(b"sum", "tcp") == note
+        assert transfer.handle(WriteFinished(b"sum", "tcp"), 2.0) == []
+        assert transfer.state is AWAITING_RESUME
+        assert transfer.handle(events.Resumed(8, 1, (Extent(8, 20),)), 3.0) == [
+            do.Write(TRANSFER, 1, 8, (Extent(8, 20),))
+        ]
+        assert transfer.handle(WriteFinished(), 4.0) == [written(1, 8, 12, 20)]
+        assert transfer.chunks == [8, 12]
+
+    def test_answers_to_a_note_come_before_the_planes_own(self) -> None:
+        """The receiver may resume, and accept, before this side knows that its write is over."""
+        transfer = self.offered(TokensReady(12, 12))
+        transfer.handle(events.Granted(0, 0, (Extent(0, 8),)), 1.0)
+        transfer.note(b"", "tcp")
+        assert transfer.handle(events.Resumed(8, 1, (Extent(8, 16),)), 2.0) == []
+        assert transfer.handle(WriteFinished(), 3.0) == [
+            do.Write(TRANSFER, 1, 8, (Extent(8, 12),)),
+        ]
+        transfer.note(b"", "tcp")
+        assert transfer.handle(events.Accepted(), 4.0) == [do.Finish(TRANSFER)]
+        assert transfer.state is DONE
+        assert (transfer.transferred_tokens, transfer.chunks) == (12, [8, 4])
+        assert not is_settled(transfer)
+        assert transfer.handle(WriteFinished(), 5.0) == []
+        assert is_settled(transfer)
+        assert transfer.chunks == [8, 4]
+
+    def test_an_acceptance_before_the_last_note(self) -> None:
+        """Of a chunk that is not the last, or without a note, it is a lie."""
+        for total, has_note in ((12, True), (8, False)):
+            transfer = self.offered(TokensReady(total, total))
+            transfer.handle(events.Granted(0, 0, (Extent(0, 8),)), 1.0)
+            if has_note:
+                transfer.note(b"", "tcp")
+            with pytest.raises(ProtocolViolation, match="accepted after 0 of"):
+                transfer.handle(events.Accepted(), 2.0)
+            assert transfer.transferred_tokens == 0
+
+    def test_a_length_that_was_not_known_yet_when_the_note_was_written(self) -> None:
+        """An empty chunk says behind it that nothing follows."""
+        transfer = self.offered(TokensReady(8, None))
+        transfer.handle(events.Granted(0, 0, (Extent(0, 8),)), 1.0)
+        assert transfer.note(b"", "") == frames.Written(TRANSFER, 0, 0, 8, None)
+        assert transfer.handle(TokensReady(8, 8), 2.0) == [
+            do.SendFrame(frames.Announce(TRANSFER, 8, b""))
+        ]
+        assert transfer.handle(WriteFinished(), 3.0) == [written(0, 8, 0, 8)]
+        assert transfer.handle(events.Accepted(), 4.0) == [do.Finish(TRANSFER)]
+
     def test_metadata_that_comes_later_is_announced(self) -> None:
         """And what was told already is not told again."""
         transfer = self.offered(TokensReady(0, 5))

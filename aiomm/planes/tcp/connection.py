@@ -28,10 +28,13 @@ ABORT = struct.pack("ii", 1, 0)
 class Write:
     """What one header announces, and how it stands."""
 
-    def __init__(self, number: int, grant: GrantKey, runs: Sequence[Run]) -> None:
+    def __init__(
+        self, number: int, grant: GrantKey, runs: Sequence[Run], note: bytes = b""
+    ) -> None:
         self.number = number
         self.grant = grant
         self.runs = runs
+        self.note = note
         self.nbytes = sum(run.nbytes for run in runs)
         self.landed = 0
         """Bytes that need not be sent again."""
@@ -150,7 +153,7 @@ class DataConnection:
 
     async def _send_write(self, write: Write, copies: Copies) -> None:
         """Send dense rows from where they are, and others from a buffer packed piece by piece."""
-        header = encode_header(write.grant, write.runs, write.number, write.landed)
+        header = encode_header(write.grant, write.runs, write.number, write.landed, write.note)
         buffers = [memoryview(header)]
         used = 0
         runs, skipped = write.rest()

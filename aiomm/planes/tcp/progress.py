@@ -16,8 +16,8 @@ MAX_UNFINISHED = 8
 """Writes of one attachment whose progress is kept. Only one is on its way at a time; more of
 them break only when connections do so again and again."""
 MAX_ENDED = 256
-"""Writes of one attachment whose end is kept, for the case that the answer was lost. What is
-forgotten is written again, which does no harm."""
+"""Writes of one attachment whose end is kept, for the case that the answer was lost. A sender has
+no more of them on their way, so that none is written again, and its note given again."""
 assert MAX_UNFINISHED + MAX_ENDED <= MAX_ANSWERS
 
 
@@ -29,6 +29,7 @@ class Incoming:
         self.landed = 0
         """Bytes taken from the socket, in place or thrown away."""
         self.pieces = header.pieces
+        self.note = header.note
         self._index = 0
         self._done = 0
         self._permit = permit

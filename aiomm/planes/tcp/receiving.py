@@ -120,6 +120,9 @@ class Connection(Caller, asyncio.BufferedProtocol):
         self._filled = 0
         self._attachment = Attachment()
         self._incoming: Incoming | None = None
+        self._answers: list[bytes] = []
+        self._notes: list[bytes] = []
+        """Of the writes that have ended; told at the end of each read."""
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the arena's bytes that come next, or room for a header."""
@@ -134,6 +137,7 @@ class Connection(Caller, asyncio.BufferedProtocol):
         if self._incoming is not None:
             self._incoming.advance(nbytes)
             self._end_if_complete()
+            self._tell()
             return
         self._filled += nbytes
         try:
@@ -141,6 +145,7 @@ class Connection(Caller, asyncio.BufferedProtocol):
         except ProtocolError as exc:
             self.complain(exc.message)
             self.abort()
+        self._tell()
 
     def pause_writing(self) -> None:
         """Read nothing from a sender that does not read its statuses."""
@@ -218,6 +223,21 @@ class Connection(Caller, asyncio.BufferedProtocol):
         return self._export.scratch()[: place.nbytes]
 
     def _end_if_complete(self) -> None:
-        if self._incoming is not None and self._incoming.is_complete:
-            self._transport.write(encode_answer(self._attachment.end(self._incoming)))
-            self._incoming = None
+        incoming = self._incoming
+        if incoming is None or not incoming.is_complete:
+            return
+        self._incoming = None
+        answer = self._attachment.end(incoming)
+        self._answers.append(encode_answer(answer))
+        if incoming.note and answer.status is Status.LANDED:
+            self._notes.append(incoming.note)
+
+    def _tell(self) -> None:
+        """Tell the receiver of the writes that have ended, and then the sender."""
+        if self._notes:
+            notes, self._notes = self._notes, []
+            assert self.link is not None
+            self._export.noted(self.link, notes)
+        if self._answers:
+            self._transport.write(b"".join(self._answers))
+            self._answers.clear()

@@ -7,12 +7,14 @@ import itertools
 import logging
 import secrets
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ...errors import PlaneUnavailable
 from ..base import GrantKey, RemoteArena, Run
 from ..copying import Copies, CopyThreads, check_runs
 from .connecting import Welcome, connect
 from .connection import DataConnection, Write
+from .progress import MAX_ENDED
 from .sockets import LOST_SECONDS, resolve
 from .wire import MAX_RUNS, Status, TcpOffer
 
@@ -37,6 +39,8 @@ class TcpArena(RemoteArena):
     no byte has landed for :data:`LOST_SECONDS`.
     """
 
+    carries_notes: ClassVar[bool] = True
+
     def __init__(
         self, offer: TcpOffer, attachment: int, welcome: Welcome, threads: CopyThreads
     ) -> None:
@@ -47,6 +51,7 @@ class TcpArena(RemoteArena):
         self._connection = DataConnection(welcome.connection)
         self._copies = Copies(threads)
         self._numbers = itertools.count()
+        self._room = asyncio.Semaphore(MAX_ENDED)
         self._unanswered: dict[int, Write] = {}
         self._reconnecting: asyncio.Task[DataConnection] | None = None
         self._is_closed = False
@@ -78,16 +83,29 @@ class TcpArena(RemoteArena):
         Raises:
             PlaneUnavailable: the receiver refuses the write, or is gone.
         """
+        await self.write_and_note(grant, runs, b"")
+
+    async def write_and_note(self, grant: GrantKey, runs: Sequence[Run], note: bytes) -> None:
+        """Send `runs`, with a note in the last header; return when all has landed.
+
+        Raises:
+            PlaneUnavailable: the receiver refuses the write, or is gone.
+        """
         check_runs(runs, self._arena_nbytes)
         full = [run for run in runs if run.nbytes]
         for start in range(0, len(full), MAX_RUNS):
-            write = Write(next(self._numbers), grant, full[start : start + MAX_RUNS])
-            self._unanswered[write.number] = write
-            try:
-                await self._carry(write)
-            finally:
-                del self._unanswered[write.number]
-                self._num_ended += 1
+            part = full[start : start + MAX_RUNS]
+            is_last = start + MAX_RUNS >= len(full)
+            async with self._room:
+                await self._write(Write(next(self._numbers), grant, part, note if is_last else b""))
+
+    async def _write(self, write: Write) -> None:
+        self._unanswered[write.number] = write
+        try:
+            await self._carry(write)
+        finally:
+            del self._unanswered[write.number]
+            self._num_ended += 1
 
     async def quiesce(self) -> None:
         """Return at once: a failed write's connection is closed, or its bytes were counted.

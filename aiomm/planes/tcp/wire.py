@@ -7,7 +7,8 @@
       |    attachment, oldest open write           |
       | <- greeting: version, arena's bytes, ----- |   an older connection of the same
       |    an answer for each open write           |   attachment is cut off before
-      | -- header: number, landed, grant, runs --> |
+      | -- header: number, landed, grant, runs, -> |
+      |    note                                    |
       | -- the runs' bytes that have not landed -> |   straight into the arena, or thrown away
       | <- answer: number, status, landed -------- |   one per header, in their order
 
@@ -38,6 +39,7 @@ __all__ = [
     "KEY_NBYTES",
     "MAX_ANSWERS",
     "MAX_HEADER_NBYTES",
+    "MAX_NOTE_NBYTES",
     "MAX_RUNS",
     "PREAMBLE",
     "REFUSAL",
@@ -59,7 +61,7 @@ __all__ = [
     "parse_preamble",
 ]
 
-MAGIC = b"aiommT02"
+MAGIC = b"aiommT03"
 """The last two digits are the version."""
 KEY_NBYTES = SECRET_NBYTES
 MAX_RUNS = 1024
@@ -70,10 +72,11 @@ MAX_INTEGER = 2**63 - 1
 PREAMBLE = struct.Struct(f"!8sQ{KEY_NBYTES}sQQ")
 GREETING = struct.Struct("!8s?QI")
 HEADER_MAGIC = 0xA103C0DE
-HEADER = struct.Struct("!IIQQQQ")
+HEADER = struct.Struct("!IHHQQQQ")
 PIECE = struct.Struct("!QQ")
 ANSWER = struct.Struct("!QBQ")
-MAX_HEADER_NBYTES = HEADER.size + MAX_RUNS * PIECE.size
+MAX_NOTE_NBYTES = 4096
+MAX_HEADER_NBYTES = HEADER.size + MAX_RUNS * PIECE.size + MAX_NOTE_NBYTES
 REFUSAL = GREETING.pack(MAGIC, False, 0, 0)
 """Instead of a greeting, for whoever shows a wrong key."""
 
@@ -130,6 +133,8 @@ class Header(NamedTuple):
     generation: int
     sequence: int
     pieces: tuple[Piece, ...]
+    note: bytes
+    """For the receiver, once all of them have landed; empty if there is none."""
     nbytes: int
     """Of the header itself."""
 
@@ -214,11 +219,14 @@ def parse_answers(received: bytes) -> list[Answer]:
         raise PlaneUnavailable(f"tcp: the receiver answers nonsense: {exc}") from exc
 
 
-def encode_header(grant: GrantKey, runs: Sequence[Run], number: int = 0, landed: int = 0) -> bytes:
+def encode_header(
+    grant: GrantKey, runs: Sequence[Run], number: int = 0, landed: int = 0, note: bytes = b""
+) -> bytes:
     """Return the header of a write of at most :data:`MAX_RUNS` runs."""
     pieces = [each for run in runs for each in (run.offset, run.nbytes)]
-    head = HEADER.pack(HEADER_MAGIC, len(runs), number, landed, grant.generation, grant.sequence)
-    return head + struct.pack(f"!{len(pieces)}Q", *pieces)
+    _, generation, sequence = grant
+    head = HEADER.pack(HEADER_MAGIC, len(runs), len(note), number, landed, generation, sequence)
+    return head + struct.pack(f"!{len(pieces)}Q", *pieces) + note
 
 
 def parse_header(received: memoryview, arena_nbytes: int) -> Header | None:
@@ -229,14 +237,17 @@ def parse_header(received: memoryview, arena_nbytes: int) -> Header | None:
     """
     if len(received) < HEADER.size:
         return None
-    magic, num_runs, number, landed, generation, sequence = HEADER.unpack_from(received)
-    if magic != HEADER_MAGIC or not 1 <= num_runs <= MAX_RUNS:
+    magic, num_runs, note_nbytes, *rest = HEADER.unpack_from(received)
+    number, landed, generation, sequence = rest
+    if magic != HEADER_MAGIC or not 1 <= num_runs <= MAX_RUNS or note_nbytes > MAX_NOTE_NBYTES:
         raise ProtocolError(f"not a header: {bytes(received[: HEADER.size])!r}")
-    nbytes = HEADER.size + num_runs * PIECE.size
+    stop = HEADER.size + num_runs * PIECE.size
+    nbytes = stop + note_nbytes
     if len(received) < nbytes:
         return None
-    pieces = tuple(Piece._make(one) for one in PIECE.iter_unpack(received[HEADER.size : nbytes]))
+    pieces = tuple(Piece._make(one) for one in PIECE.iter_unpack(received[HEADER.size : stop]))
+    note = bytes(received[stop:nbytes])
     announced = sum(piece.nbytes for piece in pieces)
     if announced > arena_nbytes:
         raise ProtocolError(f"{announced} bytes announced for an arena of {arena_nbytes}")
-    return Header(number, landed, generation, sequence, pieces, nbytes)
+    return Header(number, landed, generation, sequence, pieces, note, nbytes)
