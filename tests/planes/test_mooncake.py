@@ -14,14 +14,14 @@ import aiomm
 from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.memcpy import address_of
 from aiomm.buffers.tensors import memory_of
-from aiomm.errors import PlaneUnavailable
+from aiomm.errors import PlaneUnavailable, ProtocolError
 from aiomm.planes import door
 from aiomm.planes.base import Place, Plane
-from aiomm.planes.mooncake import MooncakePlane, engine, library, receiving
+from aiomm.planes.mooncake import MooncakePlane, engine, library, receiving, wire
 from aiomm.planes.mooncake.reads import target_in
 from aiomm.planes.mooncake.sending import MooncakeArena
 from aiomm.planes.mooncake.staging import SLOT_NBYTES
-from aiomm.planes.mooncake.wire import decode_offer
+from aiomm.planes.mooncake.wire import MAGIC, decode_offer
 
 from ..conftest import resources
 from ..processes import until
@@ -31,7 +31,7 @@ from .contract import (
     GRANT,
     LINK,
     Link,
-    PlaneContract,
+    NotesContract,
     bytes_of,
     expected_content,
     random_rows,
@@ -87,7 +87,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> FakeNetwork:
 
 
 @pytest.mark.usefixtures("network")
-class TestMooncakePlaneOverAFakeEngine(PlaneContract):
+class TestMooncakePlaneOverAFakeEngine(NotesContract):
     def make_plane(self) -> Plane:
         return MooncakePlane()
 
@@ -96,7 +96,7 @@ class TestMooncakePlaneOverAFakeEngine(PlaneContract):
 
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
-class TestMooncakePlane(PlaneContract):
+class TestMooncakePlane(NotesContract):
     def make_plane(self) -> Plane:
         return MooncakePlane()
 
@@ -159,6 +159,45 @@ async def test_what_a_failed_peer_has_ready_is_not_tried_one_by_one(
     before = link.content()
     await link.remote.quiesce()
     assert link.content() == before
+
+
+async def test_what_could_not_be_read_has_no_note(network: FakeNetwork, link: Link) -> None:
+    """Neither the one parcel of a short write, nor the parcel behind all others of a long one."""
+    notes: list[bytes] = []
+    link.export.noted = lambda _, together: notes.extend(together)
+    rows = random_rows(600, 16)
+    for count in (1, 600):
+        network.outcomes.append(-1)
+        runs = [whole(rows[n : n + 1], 32 * n) for n in range(count)]
+        link.permit(runs)
+        with pytest.raises(PlaneUnavailable, match="could not read"):
+            await link.remote.write_and_note(GRANT, runs, b"note")
+        await link.remote.quiesce()
+        assert notes == []
+        network.outcomes.clear()
+        await link.remote.write_and_note(GRANT, runs, b"note")
+        assert notes == [b"note"]
+        notes.clear()
+
+
+@pytest.mark.parametrize(
+    ("num_pieces", "note_nbytes"), [(0, 0), (257, 0), (0, 4097), (1, 4097), (257, 1)]
+)
+def test_parcels_that_cannot_be(num_pieces: int, note_nbytes: int) -> None:
+    """Each is told from its first bytes."""
+    with pytest.raises(ProtocolError, match=f"{num_pieces} pieces and a note of {note_nbytes}"):
+        wire.parse_parcel(memoryview(wire.PARCEL.pack(1, 1, 1, num_pieces, note_nbytes)), 100)
+
+
+def test_a_parcel_comes_in_pieces() -> None:
+    """Nothing is taken before all of it is there."""
+    pieces = (wire.Piece(1, 2, 3), wire.Piece(4, 5, 6))
+    encoded = wire.encode_parcel(9, GRANT, pieces, b"note") + b"behind"
+    whole_nbytes = len(encoded) - len(b"behind")
+    for nbytes in range(whole_nbytes):
+        assert wire.parse_parcel(memoryview(encoded)[:nbytes], 100) is None
+    parcel = wire.parse_parcel(memoryview(encoded), 100)
+    assert parcel == (9, GRANT.generation, GRANT.sequence, pieces, b"note", whole_nbytes)
 
 
 async def test_a_stuck_read_is_what_still_lands(network: FakeNetwork, link: Link) -> None:
@@ -303,9 +342,10 @@ async def test_an_engine_that_does_not_begin_is_unavailable(network: FakeNetwork
     "said",
     [
         b"GET / HTTP/1.1\r\n\r\n",
-        b"aiommM01" + bytes(8 + 16) + b"\x00\x01x",
-        b"aiommM01" + bytes(8 + 16) + b"\xff\xff",
-        b"aiommM01" + bytes(8 + 16) + b"\x00\x01\xff",
+        b"aiommM01" + bytes(64),
+        MAGIC + bytes(8 + 16) + b"\x00\x01x",
+        MAGIC + bytes(8 + 16) + b"\xff\xff",
+        MAGIC + bytes(8 + 16) + b"\x00\x01\xff",
     ],
 )
 async def test_a_stranger_gets_nothing(link: Link, said: bytes) -> None:

@@ -19,7 +19,7 @@ from aiomm.planes.mooncake import MooncakePlane
 from aiomm.planes.mooncake.sending import MooncakeArena
 from aiomm.types import Field
 
-from .contract import PlaneContract, bytes_of, expected_content, random_rows
+from .contract import NotesContract, bytes_of, expected_content, random_rows
 from .fake_mooncake import FakeNetwork
 from .test_cuda_ipc import assert_set, fake
 from .test_mooncake import network
@@ -36,7 +36,7 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cuda_build")
-class TestIntoAGpu(PlaneContract):
+class TestIntoAGpu(NotesContract):
     """The engine puts bytes straight into a pool on a GPU."""
 
     def make_plane(self) -> Plane:

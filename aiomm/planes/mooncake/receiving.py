@@ -150,6 +150,7 @@ class Incoming:
 
     def __init__(self, parcel: Parcel, grant: GrantKey, permit: Permit | None) -> None:
         self.number = parcel.number
+        self.note = parcel.note
         self.grant = grant
         self.num_reads = 0
         self._pieces = deque(parcel.pieces)
@@ -269,7 +270,8 @@ class Connection(Caller, asyncio.Protocol):
             self._transport.close()
 
     def _read_on(self) -> None:
-        """Begin as many reads as may run, and answer the parcels that are over."""
+        """Begin as many reads as may run, and tell of the parcels that are over."""
+        answers, notes = [], []
         for incoming in list(self._parcels):
             while incoming.has_more and self._num_reads < MAX_READS:
                 self._num_reads += 1
@@ -277,9 +279,16 @@ class Connection(Caller, asyncio.Protocol):
                 read.add_done_callback(partial(self._ended, incoming))
             if incoming.is_over:
                 self._parcels.remove(incoming)
-                self._transport.write(ANSWER.pack(incoming.number, incoming.status))
+                answers.append(ANSWER.pack(incoming.number, incoming.status))
+                if incoming.note and incoming.status is Status.LANDED:
+                    notes.append(incoming.note)
             if self._num_reads == MAX_READS:
                 break
+        if notes:
+            assert self.link is not None
+            self._export.noted(self.link, notes)
+        if answers:
+            self._transport.write(b"".join(answers))
         self._hold_back()
 
     def _ended(self, incoming: Incoming, read: Reading) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from ...buffers.memcpy import copy_bytes
 from ...errors import PlaneUnavailable, ProtocolError
@@ -59,6 +59,8 @@ class SlotFill(NamedTuple):
 class MooncakeArena(RemoteArena):
     """A receiver's arena behind one connection, which is made anew after it was lost."""
 
+    carries_notes: ClassVar[bool] = True
+
     def __init__(
         self,
         offer: MooncakeOffer,
@@ -80,9 +82,17 @@ class MooncakeArena(RemoteArena):
         Raises:
             PlaneUnavailable: the receiver refuses the write, cannot read, or is gone.
         """
+        await self.write_and_note(grant, runs, b"")
+
+    async def write_and_note(self, grant: GrantKey, runs: Sequence[Run], note: bytes) -> None:
+        """Have the receiver read `runs`, and take a note; return once it says that it has.
+
+        Raises:
+            PlaneUnavailable: the receiver refuses the write, cannot read, or is gone.
+        """
         check_runs(runs, self._connection.arena_nbytes)
         full = [run for run in runs if run.nbytes]
-        write = asyncio.get_running_loop().create_task(self._write(grant, full))
+        write = asyncio.get_running_loop().create_task(self._write(grant, full, note))
         self._writes.add(write)
         write.add_done_callback(self._ended)
         await asyncio.shield(write)
@@ -119,18 +129,35 @@ class MooncakeArena(RemoteArena):
                 )
         return self._connection
 
-    async def _write(self, grant: GrantKey, runs: Sequence[Run]) -> None:
+    async def _write(self, grant: GrantKey, runs: Sequence[Run], note: bytes) -> None:
         connection = await self._connected()
+        is_registered = self._outlet.is_registered
+        await _ready(run for run in runs if _direct(run, is_registered))
+        direct = list(_grouped(_direct_pieces(runs, is_registered)))
+        parcels = list(_parcels(_slot_fills(runs, is_registered)))
+        if len(direct) + len(parcels) == 1:  # else parcels may overtake each other
+            await self._order(connection, grant, direct, parcels, note)
+            return
+        await self._order(connection, grant, direct, parcels, b"")
+        if note:
+            await self._order(connection, grant, [[]], [], note)
+
+    async def _order(
+        self,
+        connection: OrderConnection,
+        grant: GrantKey,
+        direct: Sequence[Sequence[Piece]],
+        parcels: Sequence[Sequence[SlotFill]],
+        note: bytes,
+    ) -> None:
+        """Have everything read, each parcel with the note; return once all of it has landed."""
         answers: list[asyncio.Future[Status]] = []
         try:
-            await _ready(run for run in runs if _direct(run, self._outlet.is_registered))
-            direct = _grouped(_direct_pieces(runs, self._outlet.is_registered))
-            answers += [connection.order(grant, pieces) for pieces in direct]
-            for parcel in _parcels(_slot_fills(runs, self._outlet.is_registered)):
+            answers += [connection.order(grant, pieces, note) for pieces in direct]
+            for parcel in parcels:
                 if any(answer.done() and _error(answer) is not None for answer in answers):
                     break
-                answer = await self._stage(connection, grant, parcel)
-                answers.append(answer)
+                answers.append(await self._stage(connection, grant, parcel, note))
         finally:
             # Also after an error: what is ordered may be read from.
             if answers:
@@ -140,7 +167,7 @@ class MooncakeArena(RemoteArena):
                 raise error
 
     async def _stage(
-        self, connection: OrderConnection, grant: GrantKey, parcel: Sequence[SlotFill]
+        self, connection: OrderConnection, grant: GrantKey, parcel: Sequence[SlotFill], note: bytes
     ) -> asyncio.Future[Status]:
         """Copy one parcel into a slot, which is free again when the receiver has answered."""
         staging = self._outlet.staging
@@ -151,7 +178,7 @@ class MooncakeArena(RemoteArena):
                 fill()
             else:
                 await self._outlet.copies.run(fill)
-            answer = connection.order(grant, _pieces(slot, parcel))
+            answer = connection.order(grant, _pieces(slot, parcel), note)
         except BaseException:
             staging.give(slot)
             raise
@@ -187,7 +214,9 @@ class OrderConnection(asyncio.Protocol):
         """Send something that is short."""
         self._transport.write(octets)
 
-    def order(self, grant: GrantKey, pieces: Sequence[Piece]) -> asyncio.Future[Status]:
+    def order(
+        self, grant: GrantKey, pieces: Sequence[Piece], note: bytes
+    ) -> asyncio.Future[Status]:
         """Have the receiver read `pieces`. Their memory must stay until the answer is there.
 
         Raises:
@@ -198,7 +227,7 @@ class OrderConnection(asyncio.Protocol):
         self._number = (self._number + 1) % 2**32
         answer: asyncio.Future[Status] = self._loop.create_future()
         self._unanswered[self._number] = answer
-        self.say(encode_parcel(self._number, grant, pieces))
+        self.say(encode_parcel(self._number, grant, pieces, note))
         return answer
 
     def data_received(self, received: bytes) -> None:

@@ -5,7 +5,7 @@
     sender                                        receiver
       | -- preamble: version, link, key, session --> |   else the connection is closed
       | <- greeting: version, is it reached, arena - |   the receiver's engine has tried
-      | -- parcel: number, grant, pieces ----------> |   which the receiver reads, if permitted
+      | -- parcel: number, grant, pieces, note ----> |   which the receiver reads, if permitted
       | <- answer: number, landed, or why not ------ |   in any order
 
 Each link has a key of its own, which travels in the Hello: the engine itself lets anybody in.
@@ -32,6 +32,7 @@ __all__ = [
     "GREETING",
     "KEY_NBYTES",
     "MAGIC",
+    "MAX_NOTE_NBYTES",
     "MAX_PIECES",
     "Greeting",
     "MooncakeOffer",
@@ -48,16 +49,17 @@ __all__ = [
     "parse_preamble",
 ]
 
-MAGIC = b"aiommM01"
+MAGIC = b"aiommM02"
 """The last two digits are the version."""
 KEY_NBYTES = SECRET_NBYTES
 MAX_PIECES = 256
+MAX_NOTE_NBYTES = 4096
 MAX_SESSION_NBYTES = 300
 MAX_INTEGER = 2**63 - 1
 
 PREAMBLE = struct.Struct(f"!8sQ{KEY_NBYTES}sH")
 GREETING = struct.Struct("!8s?Q")
-PARCEL = struct.Struct("!IQQI")
+PARCEL = struct.Struct("!IQQHH")
 PIECE = struct.Struct("!QQQ")
 ANSWER = struct.Struct("!IB")
 
@@ -113,6 +115,9 @@ class Parcel(NamedTuple):
     generation: int
     sequence: int
     pieces: tuple[Piece, ...]
+    """None, where all that the note speaks of has landed."""
+    note: bytes
+    """For the receiver, once all of them have landed; empty if there is none."""
     nbytes: int
     """Of the message itself."""
 
@@ -186,10 +191,12 @@ def parse_greeting(received: memoryview) -> Greeting | None:
     return Greeting(is_reached, arena_nbytes)
 
 
-def encode_parcel(number: int, grant: GrantKey, pieces: Sequence[Piece]) -> bytes:
+def encode_parcel(
+    number: int, grant: GrantKey, pieces: Sequence[Piece], note: bytes = b""
+) -> bytes:
     """Return the message for at most :data:`MAX_PIECES` pieces."""
-    header = PARCEL.pack(number, grant.generation, grant.sequence, len(pieces))
-    return header + b"".join(PIECE.pack(*piece) for piece in pieces)
+    header = PARCEL.pack(number, grant.generation, grant.sequence, len(pieces), len(note))
+    return header + b"".join(PIECE.pack(*piece) for piece in pieces) + note
 
 
 def parse_parcel(received: memoryview, arena_nbytes: int) -> Parcel | None:
@@ -200,13 +207,15 @@ def parse_parcel(received: memoryview, arena_nbytes: int) -> Parcel | None:
     """
     if len(received) < PARCEL.size:
         return None
-    number, generation, sequence, num_pieces = PARCEL.unpack_from(received)
-    if not 1 <= num_pieces <= MAX_PIECES:
-        raise ProtocolError(f"a parcel of {num_pieces} pieces")
-    nbytes = PARCEL.size + num_pieces * PIECE.size
+    number, generation, sequence, num_pieces, note_nbytes = PARCEL.unpack_from(received)
+    if num_pieces > MAX_PIECES or note_nbytes > MAX_NOTE_NBYTES or not num_pieces + note_nbytes:
+        raise ProtocolError(f"a parcel of {num_pieces} pieces and a note of {note_nbytes} bytes")
+    stop = PARCEL.size + num_pieces * PIECE.size
+    nbytes = stop + note_nbytes
     if len(received) < nbytes:
         return None
-    pieces = tuple(map(Piece._make, PIECE.iter_unpack(received[PARCEL.size : nbytes])))
+    pieces = tuple(map(Piece._make, PIECE.iter_unpack(received[PARCEL.size : stop])))
+    note = bytes(received[stop:nbytes])
     if any(not 1 <= piece.nbytes <= arena_nbytes - piece.offset for piece in pieces):
         raise ProtocolError(f"a piece that is not in an arena of {arena_nbytes} bytes")
-    return Parcel(number, generation, sequence, pieces, nbytes)
+    return Parcel(number, generation, sequence, pieces, note, nbytes)
