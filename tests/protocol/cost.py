@@ -76,6 +76,11 @@ def granted() -> Iterator[None]:
     yield from _transfers(Pair(), tokens=DEFAULT_TOKENS)
 
 
+def noted() -> Iterator[None]:
+    """The same over a plane that carries notes."""
+    yield from _transfers(Pair(), tokens=DEFAULT_TOKENS, notes=1.0)
+
+
 def resumed() -> Iterator[None]:
     """The default allocation is too short: the rest is granted later."""
     yield from _transfers(Pair(), tokens=20)
@@ -86,7 +91,8 @@ def streamed() -> Iterator[None]:
     yield from _transfers(Pair(blocks=2), tokens=70)
 
 
-def _transfers(pair: Pair, tokens: int) -> Iterator[None]:
+def _transfers(pair: Pair, tokens: int, notes: float = 0.0) -> Iterator[None]:
+    pair.sender.notes = notes
     pair.meet()
     for number in range(TRANSFERS):
         name = f"request {number}"
@@ -101,7 +107,7 @@ def _transfers(pair: Pair, tokens: int) -> Iterator[None]:
         yield
 
 
-STORIES = (granted, resumed, streamed)
+STORIES = (granted, noted, resumed, streamed)
 
 
 def _main() -> None:

@@ -35,6 +35,8 @@ class Sending(Process):
         """Tokens of each offer."""
         self._writing: set[int] = set()
         """Generations with a running write. Never two at once."""
+        self.notes = 0.5
+        """How often the plane carries a note."""
         self.probed: list[do.ProbeResult] = []
         self.endpoint = SendEndpoint(
             self.epoch,
@@ -79,7 +81,7 @@ class Sending(Process):
             delay = min(seconds, seconds * (index + 1) / len(positions))
             self._land_after(delay, target, position, token)
         has_link = self.endpoint.peer_of(generation) in self.endpoint.sessions
-        if has_link and chance.random() < 0.5:
+        if has_link and chance.random() < self.notes:
             self._write_with_note(transfer, target, seconds, positions, start)
         elif chance.random() < self.world.faults.write_failure:
             failure = Failure(Reason.PLANE, "the plane broke")
