@@ -33,9 +33,9 @@ MAX_RECEIVE_NBYTES = 1 << 18
 """At most so many bytes are taken from a socket at once. uvloop reads up to 32 times in one turn
 while the sender keeps up: that is 4 ms of the loop's time with this, and was 6 ms and more with
 2 MiB. How fast bytes arrive does not depend on it, from 128 KiB to 2 MiB."""
-HEAD_NBYTES = 1 << 16
-"""Bytes read in search of a header. A small write arrives whole, for one copy of it; of a
-long one only what lies behind its header is copied."""
+HEAD_NBYTES = (1 << 16) + 4096
+"""Bytes read in search of a header. A write of up to 64 KiB arrives whole, for one copy of it;
+of a longer one only what lies behind its header is copied."""
 
 
 class TcpExport(Export):
