@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,11 @@ async def test_a_receiver_that_connects_takes_what_has_no_other_destination() ->
             assert receiver.address is None
             await early
             await sender.send("late", tensors_of(20))
-            arrivals = aiter(receiver)
-            for request_id in ("early", "late"):
-                lease = await anext(arrivals)
-                assert lease.request_id == request_id
-                lease.release()
+            async with aclosing(aiter(receiver)) as arrivals:  # type: ignore[type-var]
+                for request_id in ("early", "late"):
+                    lease = await anext(arrivals)
+                    assert lease.request_id == request_id
+                    lease.release()
             assert_idle(receiver, sender)
 
 
