@@ -7,11 +7,11 @@ import logging
 
 import pytest
 
-from aiomm import TransferTimeout
+from aiomm import Cancelled, TransferTimeout
 from aiomm.protocol import frames
 from aiomm.protocol.session import Session
 
-from .support import error_of, granted, pair, same, tensors_of
+from .support import error_of, granted, pair, same, tensors_of, until
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -49,17 +49,51 @@ async def test_no_frame_tells_what_a_note_has_told(
             assert any(isinstance(frame, frames.Written) for frame in sent) != has_notes
 
 
-async def test_a_note_that_makes_no_sense_costs_only_its_transfer(
+async def test_notes_that_make_no_sense_cost_only_their_transfers(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The receiver says so once for each, and others arrive."""
+    """The receiver says so once for each link, and others arrive."""
     async with pair(planes="tcp") as (receiver, sender):
         with monkeypatch.context() as broken, caplog.at_level(logging.WARNING):
             broken.setattr(Session, "note", lambda *_: b"nonsense")
-            transfer = sender.send(receiver.expect("r", timeout=0.5), tensors_of(20), timeout=0.5)
-            assert isinstance(await error_of(transfer), TransferTimeout)
-            assert "refuses a note over link 1: malformed packet of 8 bytes" in caplog.text
+            for name in "ab":
+                ticket = receiver.expect(name, timeout=0.3)
+                transfer = sender.send(ticket, tensors_of(20), timeout=0.3)
+                assert isinstance(await error_of(transfer), TransferTimeout)
+            complaint = "refuses a note over link 1: malformed packet of 8 bytes"
+            assert caplog.text.count(complaint) == 1
         sending = asyncio.ensure_future(sender.send(receiver.expect("s"), tensors_of(20)))
         async with receiver.receive("s") as lease:
             assert same(lease, tensors_of(20))
         await sending
+        driver = receiver._driver
+        forgotten = until(lambda: not driver._links, driver, "parted")
+        await asyncio.gather(forgotten, sender.aclose())
+        assert not driver._complained_links
+
+
+async def test_a_transfer_that_was_cancelled_is_not_received_with_other_bytes() -> None:
+    """Its tensor changes as soon as it is over, whenever that is."""
+    outcomes = set()
+    async with pair(planes="tcp", blocks=64, block_size=64, default_blocks=64) as (
+        receiver,
+        sender,
+    ):
+        for turns in range(25):
+            sent, original = tensors_of(4000, turns), tensors_of(4000, turns)
+            name = f"r{turns}"
+            transfer = await granted(sender.claim(receiver.expect(name)))
+            transfer.send(sent)
+            receiving = asyncio.ensure_future(receiver.receive(name))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            transfer.cancel()
+            for tensor in sent.values():
+                tensor.zero_()
+            try:
+                with await receiving as lease:
+                    outcomes.add("received")
+                    assert same(lease, original)
+            except Cancelled:
+                outcomes.add("cancelled")
+    assert outcomes == {"received", "cancelled"}

@@ -155,6 +155,8 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         )
         self._links: dict[int, int] = {}
         """The link to each peer that has said Hello."""
+        self._complained_links: set[int] = set()
+        """Those over which a note has come that was none."""
         self._joined: dict[int, Joined] = {}
         self.buffered_bytes = 0
         """Bytes outside the pool of transfers that are unfinished or not taken yet."""
@@ -241,7 +243,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
 
     def parted(self, command: Part) -> None:
         """Forget a sender that is gone for good."""
-        self._exports.forget(self._links.pop(command.peer, 0))
+        link = self._links.pop(command.peer, 0)
+        self._exports.forget(link)
+        self._complained_links.discard(link)
 
     def _notes_received(self, link: int, notes: Sequence[bytes]) -> None:
         """Take what a plane has carried behind the bytes that it speaks of."""
@@ -249,7 +253,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             try:
                 self.endpoint.note_received(link, note, self.now())
             except ProtocolError as exc:
-                logger.warning("! %s refuses a note over link %d: %s", self.name, link, exc)
+                if link not in self._complained_links:
+                    self._complained_links.add(link)
+                    logger.warning("! %s refuses a note over link %d: %s", self.name, link, exc)
             except Exception:  # a bug with one note must not cost the others
                 logger.exception("! %s could not take a note over link %d", self.name, link)
         self.pump()

@@ -288,7 +288,7 @@ class SendDriver(Driver[SendEndpoint]):
                     checksum = await self._checksums.by_threads(self._chunk_of(command, route))
                 plane = route.plane
                 if route.arena.carries_notes:
-                    note = self.endpoint.note(generation, checksum, plane)
+                    note = partial(self.endpoint.note, generation, checksum, plane)
                     await route.arena.write_and_note(grant, runs, note)
                 else:
                     await route.arena.write(grant, runs)

@@ -144,12 +144,18 @@ class RemoteArena(ABC):
             PlaneUnavailable: the write failed, and why.
         """
 
-    async def write_and_note(self, grant: GrantKey, runs: Sequence[Run], note: bytes) -> None:
-        """Do what :meth:`write` does, and give the receiver `note` behind the last byte, once.
+    async def write_and_note(
+        self, grant: GrantKey, runs: Sequence[Run], note: Callable[[], bytes]
+    ) -> None:
+        """Do what :meth:`write` does, and give the receiver a note behind the last byte, once.
 
         Args:
-            note: at most 4 KiB. The receiver's :attr:`Export.noted` has had it on return; after
-                an error nobody knows.
+            grant: the one that permits it.
+            runs: what to write.
+            note: called when no byte of `runs` need be read any more, and again should that
+                prove wrong; what it returns last counts, at most 4 KiB. Empty, there is none: the
+                transfer has failed, and the bytes may have changed since. On return the
+                receiver's :attr:`Export.noted` has had it; after an error nobody knows.
         """
         raise NotImplementedError
 

@@ -194,8 +194,9 @@ class SendTransfer(Transfer):
         if self.state.is_terminal:
             return []
         if self._noted is not None and self.transferred_tokens + self._writing == self.total:
-            # The note of the last write has arrived; the plane's answer is still on its way.
+            # The note of the last write has arrived: what the plane says of it matters no more.
             self._count(self._noted.sequence, self._writing)
+            self._writing = 0
         elif not self._sealed:
             raise ProtocolViolation(
                 f"accepted after {self.transferred_tokens} of {self.total} tokens"

@@ -41,6 +41,8 @@ class _Opened:
     key: bytes = b""
     peer: int = 0
     """Epoch of the receiver it was offered to; 0 while it waits for one."""
+    said: int = 0
+    """Sequence of the last frame that was sent for it."""
 
     @property
     def is_unaddressed(self) -> bool:
@@ -180,13 +182,16 @@ class SendEndpoint(Endpoint):
     # What the driver reports.
 
     def note(self, generation: int, checksum: bytes = b"", plane: str = "") -> bytes:
-        """Return what tells the receiver of the running write, to be carried behind its bytes.
+        """Return what tells the receiver of the running write, for a plane to carry behind it.
 
-        For planes that can; when it has landed, so has the note, and no frame will tell of it.
-        The transfer must not have failed.
+        When that has landed, so has the note, and no frame will tell of it. Empty if the transfer
+        has failed: then its tensors may have changed, and nobody must take them for good.
         """
-        opened = self._opened[generation]
-        return self.sessions[opened.peer].note(opened.transfer.note(checksum, plane))
+        opened = self._opened.get(generation)
+        if opened is None or opened.transfer.state.is_terminal:
+            return b""
+        written = opened.transfer.note(checksum, plane)
+        return self.sessions[opened.peer].note(written, opened.said)
 
     def write_finished(
         self, generation: int, now: float, checksum: bytes = b"", plane: str = ""
@@ -411,7 +416,7 @@ class SendEndpoint(Endpoint):
             if not isinstance(command, SendFrame):
                 self._commands.append(command)
             elif session is not None:
-                session.send(command.frame)
+                opened.said = session.send(command.frame) or opened.said
         if opened.transfer.is_settled:
             generation = opened.transfer.id.generation
             self._opened.pop(generation, None)

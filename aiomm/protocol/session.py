@@ -139,8 +139,9 @@ class Session:
         self._unacknowledged: deque[tuple[int, Frame]] = deque()
         """Frames that were handed to the channel, until the peer has acknowledged them."""
         self._early: dict[int, Frame] = {}
-        self._notes: list[tuple[int, Frame]] = []
-        """What planes have carried, and the frame that each of them waits for."""
+        self._notes: dict[int, list[Frame]] = {}
+        """What planes have carried, by the sequence of the frame that it waits for."""
+        self._num_notes = 0
         self._outbox: list[Frame] = []
         self._resend_after = timing.resend_first
         self._resend_at = self._acknowledge_at = NEVER
@@ -163,10 +164,10 @@ class Session:
         self._early.clear()
         self._changed(self)
 
-    def send(self, frame: Frame) -> None:
-        """Queue a frame that has to arrive.
+    def send(self, frame: Frame) -> int:
+        """Queue a frame that has to arrive; return its sequence.
 
-        A peer that leaves thousands unacknowledged counts as silent, and gets no more.
+        A peer that leaves thousands unacknowledged counts as silent, and gets no more: 0.
         """
         if len(self._unacknowledged) + len(self._unsent) < MAX_EARLY_FRAMES:
             queue = self._unsent
@@ -174,14 +175,15 @@ class Session:
             queue = self._held
         else:
             self.is_choked = True
-            return
+            return 0
         self._sent += 1
         queue.append((self._sent, frame))
         self._changed(self)
+        return self._sent
 
-    def note(self, frame: Frame) -> bytes:
-        """Return a frame for a plane to carry, which stands behind all frames sent so far."""
-        return self._encoded(self._sent, frame)
+    def note(self, frame: Frame, behind: int) -> bytes:
+        """Return a frame for a plane to carry, which stands behind the one with that sequence."""
+        return self._encoded(behind, frame)
 
     def say(self, frame: Frame) -> None:
         """Queue a frame that may be lost: Ping, Pong, Ack; and see :meth:`say_last`."""
@@ -231,10 +233,12 @@ class Session:
 
     def receive_note(self, packet: Packet) -> list[Frame]:
         """Take what a plane has carried; return it now, or with the frames it stands behind."""
-        if packet.sequence <= self._delivered:
+        ahead = packet.sequence - self._delivered
+        if ahead <= 0:
             return [packet.frame]
-        if len(self._notes) < MAX_UNACKNOWLEDGED:
-            self._notes.append((packet.sequence, packet.frame))
+        if ahead <= MAX_UNACKNOWLEDGED and self._num_notes < MAX_UNACKNOWLEDGED:
+            self._notes.setdefault(packet.sequence, []).append(packet.frame)
+            self._num_notes += 1
         else:
             self.ignored += 1
         return []
@@ -312,9 +316,9 @@ class Session:
         while (frame := self._early.pop(self._delivered + 1, None)) is not None:
             self._delivered += 1
             ready.append(frame)
-            if self._notes:
-                ready += [note for behind, note in self._notes if behind == self._delivered]
-                self._notes = [each for each in self._notes if each[0] > self._delivered]
+            if notes := self._notes.pop(self._delivered, None):
+                self._num_notes -= len(notes)
+                ready += notes
         return ready
 
     def _settle(self, acknowledged: int, now: float) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.layout import ByteRange
-from aiomm.buffers.tensors import TokenRows
+from aiomm.buffers.tensors import TokenRows, memory_of
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes.base import Export, GrantKey, Plane, RemoteArena, Run
 from aiomm.protocol.frames import PlaneOffer
@@ -413,9 +414,9 @@ class NotesContract(PlaneContract):
         assert link.remote.carries_notes
         run = whole(tensor, 64)
         link.permit([run])
-        await link.remote.write_and_note(GRANT, [run], b"first")
+        await link.remote.write_and_note(GRANT, [run], lambda: b"first")
         assert heard == [(b"first", expected_content(ARENA_NBYTES, (64, tensor)))]
-        await link.remote.write_and_note(GRANT, [run], b"x" * 4096)
+        await link.remote.write_and_note(GRANT, [run], lambda: b"x" * 4096)
         assert [note for note, _ in heard] == [b"first", b"x" * 4096]
 
     async def test_a_write_without_a_note_has_none(self, link: Link) -> None:
@@ -427,7 +428,7 @@ class NotesContract(PlaneContract):
         heard, tensor = self.listen(link), random_rows(3000, 8)
         runs = [Run(rows_of(tensor), row, 1, 16 * row) for row in range(3000)]
         link.permit(runs)
-        await link.remote.write_and_note(GRANT, runs, b"note")
+        await link.remote.write_and_note(GRANT, runs, lambda: b"note")
         parts = [(16 * row, tensor[row : row + 1]) for row in range(3000)]
         assert heard == [(b"note", expected_content(ARENA_NBYTES, *parts))]
 
@@ -437,7 +438,7 @@ class NotesContract(PlaneContract):
         heard, tensor = self.listen(link), make(LARGE_NBYTES >> 12, 4096)
         run = whole(tensor, 0)
         link.permit([run])
-        await link.remote.write_and_note(GRANT, [run], b"note")
+        await link.remote.write_and_note(GRANT, [run], lambda: b"note")
         assert heard == [(b"note", bytes_of(tensor))]
         await link.aclose()
 
@@ -445,15 +446,44 @@ class NotesContract(PlaneContract):
         heard, notes = self.listen(link), [f"{number}".encode() for number in range(600)]
         run = whole(random_rows(1, 8), 0)
         link.permit([run])
-        await asyncio.gather(*(link.remote.write_and_note(GRANT, [run], note) for note in notes))
+        await asyncio.gather(
+            *(link.remote.write_and_note(GRANT, [run], partial(bytes, note)) for note in notes)
+        )
         assert sorted(note for note, _ in heard) == sorted(notes)
 
     async def test_no_note_of_what_was_not_granted(self, link: Link) -> None:
         heard, run = self.listen(link), whole(random_rows(1, 64), 0)
         with pytest.raises(PlaneUnavailable):
-            await link.remote.write_and_note(GRANT, [run], b"note")
+            await link.remote.write_and_note(GRANT, [run], lambda: b"note")
         link.permit([run])
         link.export.revoke(GRANT)
         with pytest.raises(PlaneUnavailable):
-            await link.remote.write_and_note(GRANT, [run], b"note")
+            await link.remote.write_and_note(GRANT, [run], lambda: b"note")
         assert heard == []
+
+    @pytest.mark.parametrize("is_registered", [False, True])
+    @pytest.mark.parametrize("nbytes", [64 << 10, 1 << 20, 6 << 20])
+    async def test_a_note_is_made_when_the_bytes_are_needed_no_more(
+        self, nbytes: int, is_registered: bool
+    ) -> None:
+        """The transfer fails while its write runs, and the bytes change: then none is given."""
+        link = await self.open_link(nbytes)
+        for turns in range(12):
+            heard, tensor = self.listen(link), random_rows(nbytes >> 12, 4096, turns)
+            sent, run = bytes_of(tensor), whole(tensor, 0)
+            note = bytearray(b"note")
+            if is_registered:
+                await link.plane.register(memory_of(tensor))
+            link.permit([run])
+            write = asyncio.ensure_future(
+                link.remote.write_and_note(GRANT, [run], partial(bytes, note))
+            )
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            note.clear()
+            tensor.fill_(7)
+            await write
+            assert heard in ([], [(b"note", sent)])
+            if is_registered:
+                await link.plane.unregister(memory_of(tensor))
+        await link.aclose()

@@ -171,11 +171,11 @@ async def test_what_could_not_be_read_has_no_note(network: FakeNetwork, link: Li
         runs = [whole(rows[n : n + 1], 32 * n) for n in range(count)]
         link.permit(runs)
         with pytest.raises(PlaneUnavailable, match="could not read"):
-            await link.remote.write_and_note(GRANT, runs, b"note")
+            await link.remote.write_and_note(GRANT, runs, lambda: b"note")
         await link.remote.quiesce()
         assert notes == []
         network.outcomes.clear()
-        await link.remote.write_and_note(GRANT, runs, b"note")
+        await link.remote.write_and_note(GRANT, runs, lambda: b"note")
         assert notes == [b"note"]
         notes.clear()
 

@@ -7,6 +7,8 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,7 +20,9 @@ from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes import door
 from aiomm.planes.base import GrantKey, Place, Plane, Run
+from aiomm.planes.copying import Copies, CopyThreads
 from aiomm.planes.tcp import TcpPlane, connecting, progress, receiving, sending, sockets, wire
+from aiomm.planes.tcp import connection as connection_module
 from aiomm.planes.tcp.wire import Status
 
 from .contract import (
@@ -92,12 +96,12 @@ def header(
     grant: GrantKey = GRANT,
     number: int = 0,
     landed: int = 0,
-    note: bytes = b"",
+    has_note: bool = False,
 ) -> bytes:
     """Return a header for `pieces` of offset and length, valid or not."""
     names = (number, landed, grant.generation, grant.sequence)
-    packed = wire.HEADER.pack(wire.HEADER_MAGIC, len(pieces), len(note), *names)
-    return packed + b"".join(wire.PIECE.pack(*piece) for piece in pieces) + note
+    packed = wire.HEADER.pack(wire.HEADER_MAGIC, len(pieces), has_note, *names)
+    return packed + b"".join(wire.PIECE.pack(*piece) for piece in pieces)
 
 
 class WatchedArena(HostArena):
@@ -255,8 +259,9 @@ class TestTcpPlane(NotesContract):
         by_hand = await ByHand.connect(link)
         offer = wire.decode_offer(link.export.offer(LINK))
         link.export.permit(GRANT, [ByteRange(0, 64)])
-        heard, spoken = self.listen(link), header((0, 5), (32, 0), (10, 3), note=b"note")
-        for byte in wire.encode_preamble(offer) + spoken + b"12345abc":
+        heard, spoken = self.listen(link), header((0, 5), (32, 0), (10, 3), has_note=True)
+        spoken += b"12345abc" + wire.encode_note(b"note")
+        for byte in wire.encode_preamble(offer) + spoken:
             by_hand.writer.write(bytes([byte]))
             await asyncio.sleep(0)
         await by_hand.reader.readexactly(wire.GREETING.size)
@@ -278,13 +283,16 @@ class TestTcpPlane(NotesContract):
         link.export.noted = noted
         names = [f"{index}".encode() for index in range(5000)]
         stream = b"".join(
-            header((index, 1), note=names[index]) + bytes([index % 251]) for index in range(5000)
+            header((index, 1), has_note=True)
+            + bytes([index % 251])
+            + wire.encode_note(names[index])
+            for index in range(5000)
         )
         by_hand.writer.write(stream)
         for _ in range(5000):
             assert await by_hand.status() is Status.LANDED
         assert notes == names
-        assert len(batches) < 500
+        assert max(batches) == receiving.MAX_TOLD
         assert link.content()[:5000] == bytes(index % 251 for index in range(5000))
         await by_hand.aclose()
 
@@ -351,8 +359,8 @@ class TestTcpPlane(NotesContract):
             bytes(wire.HEADER.size),
             b"\xff" * 100,
             header(),
-            wire.HEADER.pack(wire.HEADER_MAGIC, wire.MAX_RUNS + 1, 0, 0, 0, 1, 1),
-            header((0, 1), note=bytes(wire.MAX_NOTE_NBYTES + 1)),
+            wire.HEADER.pack(wire.HEADER_MAGIC, wire.MAX_RUNS + 1, False, 0, 0, 1, 1),
+            header((0, 0), has_note=True) + wire.NOTE.pack(wire.MAX_NOTE_NBYTES + 1),
             header((0, ARENA_NBYTES + 1)),
             header((0, 2**64 - 1)),
             header((0, ARENA_NBYTES), (0, 1)),
@@ -387,6 +395,112 @@ class TestTcpPlane(NotesContract):
         connection.resume_writing()
         assert transport.calls == ["pause_reading", "resume_reading"]
         connection.connection_lost(None)
+
+    # -- notes --------------------------------------------------------------------------
+
+    async def test_nothing_is_read_while_a_turn_cannot_tell_all_that_has_ended(
+        self, link: Link, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(receiving, "MAX_TOLD", 2)
+        heard = self.listen(link)
+        assert isinstance(link.export, receiving.TcpExport)
+        link.export.permit(GRANT, [ByteRange(0, 64)])
+        connection, transport = receiving.Connection(link.export), RecordingTransport()
+        connection.connection_made(transport)
+        offer = wire.decode_offer(link.export.offer(LINK))
+        spoken = wire.encode_preamble(offer) + b"".join(
+            header((index, 1), number=index, has_note=True) + b"x" + wire.encode_note(b"note")
+            for index in range(5)
+        )
+        connection.get_buffer(-1)[: len(spoken)] = spoken
+        connection.buffer_updated(len(spoken))
+        assert len(heard) == 2
+        assert transport.calls == ["pause_reading"]
+        connection.pause_writing()
+        connection.resume_writing()
+        assert transport.calls == ["pause_reading"]
+        await asyncio.sleep(0)
+        assert len(heard) == 4
+        assert transport.calls == ["pause_reading"]
+        await asyncio.sleep(0)
+        assert len(heard) == 5
+        assert transport.calls == ["pause_reading", "resume_reading"]
+        answers = transport.written[1:]
+        assert [len(each) // wire.ANSWER.size for each in answers] == [2, 2, 1]
+        connection.connection_lost(None)
+
+    async def test_a_connection_that_was_cut_off_tells_no_more(
+        self, link: Link, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever is connected next hears of those writes as unfinished, and ends them."""
+        monkeypatch.setattr(receiving, "MAX_TOLD", 1)
+        assert isinstance(link.export, receiving.TcpExport)
+        export, notes = link.export, list[bytes]()
+        cut = asyncio.Event()
+
+        def noted(_: int, together: Sequence[bytes]) -> None:
+            notes.extend(together)
+            if not cut.is_set():
+                cut.set()
+                next(each for each in export.door.callers if each.attached == (LINK, 0)).abort()
+
+        export.noted = noted
+        export.permit(GRANT, [ByteRange(0, 64)])
+        names = [b"0", b"1", b"2"]
+        headers = [partial(header, (n, 1), number=n, has_note=True) for n in range(3)]
+        behind = [wire.encode_note(name) for name in names]
+        older = await ByHand.admitted(link)
+        older.writer.write(b"".join(headers[n]() + b"x" + behind[n] for n in range(3)))
+        await cut.wait()
+        assert await older.is_cut_off()
+        await older.aclose()
+        assert notes == [b"0"]
+        newer = await ByHand.admitted(link)
+        assert newer.resumed == [
+            (0, Status.LANDED, 1),
+            (1, Status.UNFINISHED, 1),
+            (2, Status.UNFINISHED, 1),
+        ]
+        newer.writer.write(headers[1](landed=1) + behind[1] + headers[2](landed=1) + behind[2])
+        assert [await newer.status() for _ in range(2)] == [Status.LANDED] * 2
+        assert notes == names
+        await newer.aclose()
+
+    async def test_a_note_is_made_anew_if_the_kernel_has_left_some_bytes(self) -> None:
+        """And not any more once it has taken all of them, and only a part of the note."""
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        connection, row = connection_module.DataConnection(near), random_rows(1, 100)
+        head, made = wire.HEADER.size + wire.PIECE.size, list[int]()
+        limits = [head, 99, 0, 1 + wire.NOTE.size, 2, 100]
+
+        class Narrow:
+            """A socket that takes so many bytes and no more."""
+
+            def sendmsg(self, buffers: Sequence[memoryview]) -> int:
+                return near.send(b"".join(buffers)[: limits.pop(0)])
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(near, name)
+
+        connection._socket = Narrow()  # type: ignore[assignment]
+        write = connection_module.Write(0, GRANT, [whole(row, 0)], lambda: note())
+
+        def note() -> bytes:
+            made.append(len(limits))
+            return f"note {len(made)}".encode()
+
+        carried = asyncio.ensure_future(connection.carry(write, Copies(CopyThreads("test"))))
+        expected = wire.encode_note(b"note 4")
+        received = b""
+        while len(received) < head + 100 + len(expected):
+            received += await asyncio.to_thread(far.recv, 1000)
+        assert received[head:] == bytes_of(row) + expected
+        assert made == [6, 5, 4, 3]
+        far.sendall(wire.encode_answer(wire.Answer(0, Status.LANDED, 100)))
+        await carried
+        connection.lose(PlaneUnavailable("the end"))
+        far.close()
 
     # -- progress, by hand --------------------------------------------------------------
 
@@ -672,6 +786,13 @@ class RecordingTransport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
+        self.written: list[bytes] = []
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, octets: bytes | bytearray | memoryview) -> None:
+        self.written.append(bytes(octets))
 
     def pause_reading(self) -> None:
         self.calls.append("pause_reading")

@@ -300,7 +300,7 @@ async def test_many_small_writes_when_it_breaks(monkeypatch: pytest.MonkeyPatch)
         for index, tensor in enumerate(tensors):
             runs, grant = [whole(tensor, 1024 * index)], GRANT._replace(sequence=index)
             link.permit(runs, grant)
-            writes.append(link.remote.write_and_note(grant, runs, f"{index}".encode()))
+            writes.append(link.remote.write_and_note(grant, runs, f"{index}".encode))
         await asyncio.gather(*writes)
         assert link.content()[: 500 * 1024] == b"".join(map(bytes_of, tensors))
         assert sorted(map(int, notes)) == list(range(500))
@@ -317,7 +317,7 @@ async def test_no_more_are_on_their_way_than_the_receiver_keeps_the_end_of(
         cable.answer_breaks = [wire.GREETING.size]
         count = 3 * progress.MAX_ENDED
         writes = [
-            link.remote.write_and_note(GRANT, [run], f"{index}".encode()) for index in range(count)
+            link.remote.write_and_note(GRANT, [run], f"{index}".encode) for index in range(count)
         ]
         await asyncio.gather(*writes)
         assert cable.num_connections == 2

@@ -105,11 +105,15 @@ class Receiving(Process):
         self.cells[position] = token
 
     def noted(self, writer: Writer, note: bytes) -> bool:
-        """A note comes behind the last token of a write; False if its grant was withdrawn."""
+        """A note comes behind the last token of a write; False if its grant was withdrawn.
+
+        It is empty where the sender has given up.
+        """
         session = self.endpoint.sessions.get(writer.epoch)
         if writer in self.revoked or session is None:
             return False
-        self.endpoint.note_received(session.hello.link, note, self.world.now)
+        if note:
+            self.endpoint.note_received(session.hello.link, note, self.world.now)
         return True
 
     # Commands.

@@ -80,8 +80,7 @@ class Sending(Process):
             token = Token(Writer(self.epoch, transfer), start + index)
             delay = min(seconds, seconds * (index + 1) / len(positions))
             self._land_after(delay, target, position, token)
-        has_link = self.endpoint.peer_of(generation) in self.endpoint.sessions
-        if has_link and chance.random() < self.notes:
+        if chance.random() < self.notes:
             self._write_with_note(transfer, target, seconds, positions, start)
         elif chance.random() < self.world.faults.write_failure:
             failure = Failure(Reason.PLANE, "the plane broke")
@@ -104,15 +103,13 @@ class Sending(Process):
         """The plane carries a note behind the last token, and answers later, or breaks."""
         generation, chance = transfer.generation, self.world.random
         checksum = f"{start}+{len(positions)}".encode() if chance.random() < 0.3 else b""
-        note = self.endpoint.note(generation, checksum)
         refused = Failure(Reason.PLANE, "the grant was withdrawn")
         broken = Failure(Reason.PLANE, "the plane broke before it answered")
         is_breaking = chance.random() < self.world.faults.write_failure
         delay = chance.choice([0.0, 0.001, 0.05])
-
         is_answered = False
 
-        def hear(target: Receiving) -> None:
+        def hear(target: Receiving, note: bytes) -> None:
             nonlocal is_answered
             is_answered = True
             is_noted = target.noted(Writer(self.epoch, transfer), note)
@@ -126,8 +123,9 @@ class Sending(Process):
                 self.later(0.5, watch)
 
         def landed() -> None:
+            note = self.endpoint.note(generation, checksum)
             if target is not None:
-                target.later(0.0, lambda: hear(target))
+                target.later(chance.choice([0.0, 0.003]), lambda: hear(target, note))
             self.later(0.5, watch)
 
         self.world.after(seconds, landed, self)
@@ -142,8 +140,14 @@ class Sending(Process):
     def _land_after(
         self, delay: float, target: Receiving | None, position: int, token: Token
     ) -> None:
+        """Once the transfer is over for its user, the tensors may hold something else."""
+
+        def land(target: Receiving) -> None:
+            is_over = token.writer.transfer.generation in self.outcomes
+            target.land(position, token._replace(position=-1) if is_over else token)
+
         if target is not None:
-            self.world.after(delay, lambda: target.land(position, token), self)
+            self.world.after(delay, lambda: land(target), self)
 
     def abandon(self, failure: Failure) -> None:
         for generation in self.totals:

@@ -421,7 +421,7 @@ class TestBrokenPeers:
         session = sender.endpoint.sessions[receiver.epoch]
         link = session.peer_hello.link
         written = frames.Written(TransferId("request", 1), 0, 0, 8, 8)
-        good = frames.decode(session.note(written))
+        good = frames.decode(session.note(written, 0))
         receiver.note_received(link, frames.encode(good), 1.0)
         assert receiver.counters["of_no_transfer"] == 1
         wrong = {

@@ -200,19 +200,25 @@ class TestReceiving:
     def test_notes_say_what_was_sent_before_them(self) -> None:
         """Also what waits for room; and they acknowledge nothing that the channel would not."""
         end = session()
-        assert decode(end.note(redeem(1))).sequence == 0
-        for number in range(MAX_EARLY_FRAMES + 3):
-            end.send(redeem(number))
+        assert decode(end.note(redeem(1), 0)).sequence == 0
+        sent = [end.send(redeem(number)) for number in range(MAX_EARLY_FRAMES + 3)]
+        assert sent == list(range(1, MAX_EARLY_FRAMES + 4))
         end.receive(frame(1), 0.0)
-        assert decode(end.note(redeem(1))) == Packet(1, 1, 2, MAX_EARLY_FRAMES + 3, 1, redeem(1))
+        assert decode(end.note(redeem(1), sent[-1])) == Packet(1, 1, 2, sent[-1], 1, redeem(1))
         assert end.next_deadline() == pytest.approx(0.025)
 
     def test_notes_that_wait_are_bounded(self) -> None:
         """A peer that speaks of frames it never sends costs so much and no more."""
         end = session()
+        assert end.receive_note(note(MAX_UNACKNOWLEDGED + 1, 0)) == []
+        assert end.ignored == 1
         for number in range(MAX_UNACKNOWLEDGED + 5):
-            assert end.receive_note(note(9, number)) == []
-        assert end.ignored == 5
+            assert end.receive_note(note(2 + number % 2, number)) == []
+        assert end.ignored == 6
+        end.receive(frame(1), 0.0)
+        assert len(end.receive(frame(2), 0.0)) == 1 + MAX_UNACKNOWLEDGED // 2
+        assert end.receive_note(note(MAX_UNACKNOWLEDGED, 0)) == []
+        assert end.ignored == 6
 
     def test_acknowledgements_ride(self) -> None:
         """On whatever goes out; alone only when nothing does for 25 ms."""

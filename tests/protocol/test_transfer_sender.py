@@ -184,9 +184,8 @@ class TestSender:
         assert transfer.handle(events.Accepted(), 4.0) == [do.Finish(TRANSFER)]
         assert transfer.state is DONE
         assert (transfer.transferred_tokens, transfer.chunks) == (12, [8, 4])
-        assert not is_settled(transfer)
-        assert transfer.handle(WriteFinished(), 5.0) == []
         assert is_settled(transfer)
+        assert transfer.handle(WriteFinished(), 5.0) == []
         assert transfer.chunks == [8, 4]
 
     def test_an_acceptance_before_the_last_note(self) -> None:

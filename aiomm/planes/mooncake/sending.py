@@ -82,9 +82,11 @@ class MooncakeArena(RemoteArena):
         Raises:
             PlaneUnavailable: the receiver refuses the write, cannot read, or is gone.
         """
-        await self.write_and_note(grant, runs, b"")
+        await self.write_and_note(grant, runs, _no_note)
 
-    async def write_and_note(self, grant: GrantKey, runs: Sequence[Run], note: bytes) -> None:
+    async def write_and_note(
+        self, grant: GrantKey, runs: Sequence[Run], note: Callable[[], bytes]
+    ) -> None:
         """Have the receiver read `runs`, and take a note; return once it says that it has.
 
         Raises:
@@ -129,18 +131,18 @@ class MooncakeArena(RemoteArena):
                 )
         return self._connection
 
-    async def _write(self, grant: GrantKey, runs: Sequence[Run], note: bytes) -> None:
+    async def _write(self, grant: GrantKey, runs: Sequence[Run], note: Callable[[], bytes]) -> None:
         connection = await self._connected()
         is_registered = self._outlet.is_registered
         await _ready(run for run in runs if _direct(run, is_registered))
         direct = list(_grouped(_direct_pieces(runs, is_registered)))
         parcels = list(_parcels(_slot_fills(runs, is_registered)))
-        if len(direct) + len(parcels) == 1:  # else parcels may overtake each other
+        if not direct and len(parcels) == 1:  # out of its slot no change of the rows is read
             await self._order(connection, grant, direct, parcels, note)
             return
-        await self._order(connection, grant, direct, parcels, b"")
-        if note:
-            await self._order(connection, grant, [[]], [], note)
+        await self._order(connection, grant, direct, parcels, _no_note)
+        if made := note():
+            await _landed([connection.order(grant, (), made)])
 
     async def _order(
         self,
@@ -148,12 +150,12 @@ class MooncakeArena(RemoteArena):
         grant: GrantKey,
         direct: Sequence[Sequence[Piece]],
         parcels: Sequence[Sequence[SlotFill]],
-        note: bytes,
+        note: Callable[[], bytes],
     ) -> None:
-        """Have everything read, each parcel with the note; return once all of it has landed."""
+        """Have everything read, the parcels with the note; return once all of it has landed."""
         answers: list[asyncio.Future[Status]] = []
         try:
-            answers += [connection.order(grant, pieces, note) for pieces in direct]
+            answers += [connection.order(grant, pieces) for pieces in direct]
             for parcel in parcels:
                 if any(answer.done() and _error(answer) is not None for answer in answers):
                     break
@@ -162,12 +164,14 @@ class MooncakeArena(RemoteArena):
             # Also after an error: what is ordered may be read from.
             if answers:
                 await asyncio.wait(answers)
-        for answer in answers:
-            if error := _error(answer):
-                raise error
+        await _landed(answers)
 
     async def _stage(
-        self, connection: OrderConnection, grant: GrantKey, parcel: Sequence[SlotFill], note: bytes
+        self,
+        connection: OrderConnection,
+        grant: GrantKey,
+        parcel: Sequence[SlotFill],
+        note: Callable[[], bytes],
     ) -> asyncio.Future[Status]:
         """Copy one parcel into a slot, which is free again when the receiver has answered."""
         staging = self._outlet.staging
@@ -178,7 +182,7 @@ class MooncakeArena(RemoteArena):
                 fill()
             else:
                 await self._outlet.copies.run(fill)
-            answer = connection.order(grant, _pieces(slot, parcel), note)
+            answer = connection.order(grant, _pieces(slot, parcel), note())
         except BaseException:
             staging.give(slot)
             raise
@@ -215,7 +219,7 @@ class OrderConnection(asyncio.Protocol):
         self._transport.write(octets)
 
     def order(
-        self, grant: GrantKey, pieces: Sequence[Piece], note: bytes
+        self, grant: GrantKey, pieces: Sequence[Piece], note: bytes = b""
     ) -> asyncio.Future[Status]:
         """Have the receiver read `pieces`. Their memory must stay until the answer is there.
 
@@ -461,6 +465,19 @@ def _pieces(slot: Slot, parcel: Sequence[SlotFill]) -> list[Piece]:
         pieces.append(Piece(address, fill.offset, fill.nbytes))
         address += fill.nbytes
     return pieces
+
+
+def _no_note() -> bytes:
+    return b""
+
+
+async def _landed(answers: Sequence[asyncio.Future[Status]]) -> None:
+    """Return once every parcel was answered and has landed."""
+    if answers:
+        await asyncio.wait(answers)
+    for answer in answers:
+        if error := _error(answer):
+            raise error
 
 
 def _error(answer: asyncio.Future[Status]) -> BaseException | None:

@@ -6,13 +6,13 @@ import asyncio
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ...errors import PlaneUnavailable
 from ..base import GrantKey, Run
 from ..copying import Copies, part_of, pieces_of
 from .packing import Packing
-from .wire import ANSWER, Answer, Status, encode_header, parse_answers
+from .wire import ANSWER, Answer, Status, encode_header, encode_note, parse_answers
 
 __all__ = ["DataConnection", "Write"]
 
@@ -29,7 +29,11 @@ class Write:
     """What one header announces, and how it stands."""
 
     def __init__(
-        self, number: int, grant: GrantKey, runs: Sequence[Run], note: bytes = b""
+        self,
+        number: int,
+        grant: GrantKey,
+        runs: Sequence[Run],
+        note: Callable[[], bytes] | None = None,
     ) -> None:
         self.number = number
         self.grant = grant
@@ -72,6 +76,8 @@ class DataConnection:
         self._waiting: dict[int, tuple[Write, asyncio.Future[None]]] = {}
         self._heard = b""
         self._outgoing: deque[memoryview] = deque()
+        self._note: Callable[[], bytes] | None = None
+        """Makes what follows the last of them."""
         self._sent: asyncio.Future[None] | None = None
         """Done when nothing is left of `_outgoing`."""
         self.error: OSError | PlaneUnavailable | None = None
@@ -153,8 +159,8 @@ class DataConnection:
 
     async def _send_write(self, write: Write, copies: Copies) -> None:
         """Send dense rows from where they are, and others from a buffer packed piece by piece."""
-        header = encode_header(write.grant, write.runs, write.number, write.landed, write.note)
-        buffers = [memoryview(header)]
+        names = (write.grant, write.runs, write.number, write.landed)
+        buffers = [memoryview(encode_header(*names, has_note=write.note is not None))]
         used = 0
         runs, skipped = write.rest()
         for run in runs:
@@ -173,15 +179,18 @@ class DataConnection:
                 buffers.append(target[skipped:])
                 used += piece.nbytes
                 skipped = 0
-        await self._send(buffers)
+        await self._send(buffers, write.note)
 
-    async def _send(self, buffers: list[memoryview]) -> None:
-        """Send every byte of `buffers`.
+    async def _send(
+        self, buffers: list[memoryview], note: Callable[[], bytes] | None = None
+    ) -> None:
+        """Send every byte of `buffers`, and the note behind the last one.
 
         Raises:
             OSError: the connection has ended.
         """
         self._outgoing = deque(_bounded(buffers))
+        self._note = note
         self._send_some()
         if self._outgoing and not self.has_ended:
             self._sent = self._loop.create_future()
@@ -195,14 +204,26 @@ class DataConnection:
             raise ConnectionAbortedError(str(self.error))
 
     def _send_some(self) -> None:
-        """Send as many bytes as the kernel takes and one turn of the loop may."""
+        """Send as many bytes as the kernel takes and one turn of the loop may.
+
+        A note is made for the call that takes the last bytes. If the kernel leaves some of them,
+        they may be other ones by the next call, and so may the note.
+        """
+        group = _group(self._outgoing)
+        note = None
+        if self._note is not None and len(group) == len(self._outgoing):
+            note = memoryview(encode_note(self._note()))
         try:
-            sent = self._socket.sendmsg(_group(self._outgoing))
+            sent = self._socket.sendmsg(group if note is None else [*group, note])
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
             self.lose(exc)
             return
+        if note is not None and sent >= (nbytes := sum(map(len, group))):
+            self._note = None
+            self._outgoing = deque([note])
+            sent -= nbytes
         _drop(self._outgoing, sent)
         if not self._outgoing and self._sent is not None:
             _wake(self._sent)

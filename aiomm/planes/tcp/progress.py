@@ -29,7 +29,9 @@ class Incoming:
         self.landed = 0
         """Bytes taken from the socket, in place or thrown away."""
         self.pieces = header.pieces
-        self.note = header.note
+        self.has_note = header.has_note
+        self.note = b""
+        """What has come behind the bytes."""
         self._index = 0
         self._done = 0
         self._permit = permit

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from ...errors import PlaneUnavailable
@@ -83,21 +83,30 @@ class TcpArena(RemoteArena):
         Raises:
             PlaneUnavailable: the receiver refuses the write, or is gone.
         """
-        await self.write_and_note(grant, runs, b"")
+        await self._write_all(grant, runs, None)
 
-    async def write_and_note(self, grant: GrantKey, runs: Sequence[Run], note: bytes) -> None:
-        """Send `runs`, with a note in the last header; return when all has landed.
+    async def write_and_note(
+        self, grant: GrantKey, runs: Sequence[Run], note: Callable[[], bytes]
+    ) -> None:
+        """Send `runs` and a note; return once the receiver says that everything is there.
 
         Raises:
             PlaneUnavailable: the receiver refuses the write, or is gone.
         """
+        await self._write_all(grant, runs, note)
+
+    async def _write_all(
+        self, grant: GrantKey, runs: Sequence[Run], note: Callable[[], bytes] | None
+    ) -> None:
         check_runs(runs, self._arena_nbytes)
         full = [run for run in runs if run.nbytes]
         for start in range(0, len(full), MAX_RUNS):
             part = full[start : start + MAX_RUNS]
             is_last = start + MAX_RUNS >= len(full)
             async with self._room:
-                await self._write(Write(next(self._numbers), grant, part, note if is_last else b""))
+                await self._write(
+                    Write(next(self._numbers), grant, part, note if is_last else None)
+                )
 
     async def _write(self, write: Write) -> None:
         self._unanswered[write.number] = write

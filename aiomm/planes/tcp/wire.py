@@ -7,9 +7,9 @@
       |    attachment, oldest open write           |
       | <- greeting: version, arena's bytes, ----- |   an older connection of the same
       |    an answer for each open write           |   attachment is cut off before
-      | -- header: number, landed, grant, runs, -> |
-      |    note                                    |
+      | -- header: number, landed, grant, runs --> |
       | -- the runs' bytes that have not landed -> |   straight into the arena, or thrown away
+      | -- note, if the header says so ----------> |   for whoever owns the arena
       | <- answer: number, status, landed -------- |   one per header, in their order
 
 Headers follow each other without waiting for answers. A sender numbers the writes of one
@@ -41,6 +41,7 @@ __all__ = [
     "MAX_HEADER_NBYTES",
     "MAX_NOTE_NBYTES",
     "MAX_RUNS",
+    "NOTE",
     "PREAMBLE",
     "REFUSAL",
     "Answer",
@@ -54,10 +55,12 @@ __all__ = [
     "encode_answer",
     "encode_greeting",
     "encode_header",
+    "encode_note",
     "encode_preamble",
     "parse_answers",
     "parse_greeting",
     "parse_header",
+    "parse_note",
     "parse_preamble",
 ]
 
@@ -72,11 +75,12 @@ MAX_INTEGER = 2**63 - 1
 PREAMBLE = struct.Struct(f"!8sQ{KEY_NBYTES}sQQ")
 GREETING = struct.Struct("!8s?QI")
 HEADER_MAGIC = 0xA103C0DE
-HEADER = struct.Struct("!IHHQQQQ")
+HEADER = struct.Struct("!IH?xQQQQ")
 PIECE = struct.Struct("!QQ")
 ANSWER = struct.Struct("!QBQ")
 MAX_NOTE_NBYTES = 4096
-MAX_HEADER_NBYTES = HEADER.size + MAX_RUNS * PIECE.size + MAX_NOTE_NBYTES
+NOTE = struct.Struct("!H")
+MAX_HEADER_NBYTES = HEADER.size + MAX_RUNS * PIECE.size
 REFUSAL = GREETING.pack(MAGIC, False, 0, 0)
 """Instead of a greeting, for whoever shows a wrong key."""
 
@@ -133,8 +137,8 @@ class Header(NamedTuple):
     generation: int
     sequence: int
     pieces: tuple[Piece, ...]
-    note: bytes
-    """For the receiver, once all of them have landed; empty if there is none."""
+    has_note: bool
+    """A note comes behind the bytes."""
     nbytes: int
     """Of the header itself."""
 
@@ -220,13 +224,19 @@ def parse_answers(received: bytes) -> list[Answer]:
 
 
 def encode_header(
-    grant: GrantKey, runs: Sequence[Run], number: int = 0, landed: int = 0, note: bytes = b""
+    grant: GrantKey,
+    runs: Sequence[Run],
+    number: int = 0,
+    landed: int = 0,
+    *,
+    has_note: bool = False,
 ) -> bytes:
     """Return the header of a write of at most :data:`MAX_RUNS` runs."""
     pieces = [each for run in runs for each in (run.offset, run.nbytes)]
     _, generation, sequence = grant
-    head = HEADER.pack(HEADER_MAGIC, len(runs), len(note), number, landed, generation, sequence)
-    return head + struct.pack(f"!{len(pieces)}Q", *pieces) + note
+    names = (number, landed, generation, sequence)
+    head = HEADER.pack(HEADER_MAGIC, len(runs), has_note, *names)
+    return head + struct.pack(f"!{len(pieces)}Q", *pieces)
 
 
 def parse_header(received: memoryview, arena_nbytes: int) -> Header | None:
@@ -237,17 +247,35 @@ def parse_header(received: memoryview, arena_nbytes: int) -> Header | None:
     """
     if len(received) < HEADER.size:
         return None
-    magic, num_runs, note_nbytes, *rest = HEADER.unpack_from(received)
-    number, landed, generation, sequence = rest
-    if magic != HEADER_MAGIC or not 1 <= num_runs <= MAX_RUNS or note_nbytes > MAX_NOTE_NBYTES:
+    magic, num_runs, has_note, *names = HEADER.unpack_from(received)
+    if magic != HEADER_MAGIC or not 1 <= num_runs <= MAX_RUNS:
         raise ProtocolError(f"not a header: {bytes(received[: HEADER.size])!r}")
-    stop = HEADER.size + num_runs * PIECE.size
-    nbytes = stop + note_nbytes
+    nbytes = HEADER.size + num_runs * PIECE.size
     if len(received) < nbytes:
         return None
-    pieces = tuple(Piece._make(one) for one in PIECE.iter_unpack(received[HEADER.size : stop]))
-    note = bytes(received[stop:nbytes])
+    pieces = tuple(Piece._make(one) for one in PIECE.iter_unpack(received[HEADER.size : nbytes]))
     announced = sum(piece.nbytes for piece in pieces)
     if announced > arena_nbytes:
         raise ProtocolError(f"{announced} bytes announced for an arena of {arena_nbytes}")
-    return Header(number, landed, generation, sequence, pieces, note, nbytes)
+    number, landed, generation, sequence = names
+    return Header(number, landed, generation, sequence, pieces, has_note, nbytes)
+
+
+def encode_note(note: bytes) -> bytes:
+    """Return a note as it stands behind the bytes; an empty one says that there is none."""
+    return NOTE.pack(len(note)) + note
+
+
+def parse_note(received: memoryview) -> bytes | None:
+    """Return the note that `received` begins with, or None while it is not complete.
+
+    Raises:
+        ProtocolError: it is longer than a note may be.
+    """
+    if len(received) < NOTE.size:
+        return None
+    (nbytes,) = NOTE.unpack_from(received)
+    if nbytes > MAX_NOTE_NBYTES:
+        raise ProtocolError(f"a note of {nbytes} bytes")
+    stop = NOTE.size + nbytes
+    return bytes(received[NOTE.size : stop]) if len(received) >= stop else None
