@@ -8,6 +8,7 @@ import logging
 import pytest
 
 from aiomm import Cancelled, TransferTimeout
+from aiomm.planes.tcp import receiving
 from aiomm.protocol import frames
 from aiomm.protocol.session import Session
 
@@ -97,3 +98,19 @@ async def test_a_transfer_that_was_cancelled_is_not_received_with_other_bytes() 
             except Cancelled:
                 outcomes.add("cancelled")
     assert outcomes == {"received", "cancelled"}
+
+
+@pytest.mark.both_loops
+async def test_a_close_before_the_planes_own_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The transfer is accepted, so nobody waits for it, or connects anew for it."""
+    async with pair(planes="tcp") as (receiver, sender):
+        await sender.send(receiver.expect("first"), tensors_of(20))
+        with caplog.at_level(logging.WARNING):
+            monkeypatch.setattr(receiving, "encode_answer", lambda _: b"")
+            await sender.send(receiver.expect("last"), tensors_of(20))
+            assert sender._driver._tasks
+            await sender.aclose()
+            await receiver.aclose()
+    assert not caplog.records

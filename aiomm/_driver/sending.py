@@ -130,13 +130,19 @@ class SendDriver(Driver[SendEndpoint]):
             self.endpoint.fail(generation, failure, self.now())
 
     async def drain(self) -> None:
-        """Return when no write runs any more."""
+        """Return when no write runs any more that matters to anybody.
+
+        One whose transfer was accepted only waits for the plane's own answer. It must not take
+        the receiver's farewell for a break, and connect anew.
+        """
         while not self.has_drained():
             self._idle.clear()
             await self._idle.wait()
+        for task in self._tasks:
+            task.cancel()
 
     def has_drained(self) -> bool:
-        """Whether no write runs any more."""
+        """Whether no write can land any more."""
         return not self.endpoint.num_live
 
     def pump(self) -> None:
