@@ -98,6 +98,7 @@ class Caller(asyncio.BaseProtocol):
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when nothing of it is left."""
         self._door = door
+        self._is_held_back = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin as a stranger, whose time is short."""
@@ -122,6 +123,15 @@ class Caller(asyncio.BaseProtocol):
         """Say whose it is: it has shown the secret of `link`."""
         self.link = link
         self._leave_strangers()
+
+    def hold_back(self, is_full: bool) -> None:
+        """Read nothing from it while there is more than can be dealt with."""
+        if is_full != self._is_held_back and not self._transport.is_closing():
+            self._is_held_back = is_full
+            if is_full:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
 
     def abort(self) -> None:
         """Close at once."""

@@ -206,7 +206,6 @@ class Connection(Caller, asyncio.Protocol):
         self._session = ""
         self._contact: asyncio.Task[None] | None = None
         self._is_greeted = False
-        self._is_held_back = False
         self._parcels: deque[Incoming] = deque()
         self._num_reads = 0
 
@@ -289,7 +288,7 @@ class Connection(Caller, asyncio.Protocol):
             self._export.noted(self.link, notes)
         if answers:
             self._transport.write(b"".join(answers))
-        self._hold_back()
+        self.hold_back(len(self._parcels) >= MAX_PARCELS)
 
     def _ended(self, incoming: Incoming, read: Reading) -> None:
         self._num_reads -= 1
@@ -300,13 +299,3 @@ class Connection(Caller, asyncio.Protocol):
                 other.fail()
         if not self._transport.is_closing():
             self._read_on()
-
-    def _hold_back(self) -> None:
-        """Take no more parcels while many wait."""
-        is_full = len(self._parcels) >= MAX_PARCELS
-        if is_full != self._is_held_back and not self._transport.is_closing():
-            self._is_held_back = is_full
-            if is_full:
-                self._transport.pause_reading()
-            else:
-                self._transport.resume_reading()

@@ -127,7 +127,7 @@ class Connection(Caller, asyncio.BufferedProtocol):
         self._incoming: Incoming | None = None
         self._ended: deque[Incoming] = deque()
         """Those that are whole, and that nobody was told of."""
-        self._is_choked = self._is_held_back = False
+        self._is_choked = False
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the arena's bytes that come next, or room for a header."""
@@ -270,10 +270,4 @@ class Connection(Caller, asyncio.BufferedProtocol):
 
     def _hold_back(self) -> None:
         """Read nothing while the sender does not, or while more has ended than a turn can tell."""
-        is_full = self._is_choked or bool(self._ended)
-        if is_full != self._is_held_back and not self._transport.is_closing():
-            self._is_held_back = is_full
-            if is_full:
-                self._transport.pause_reading()
-            else:
-                self._transport.resume_reading()
+        self.hold_back(self._is_choked or bool(self._ended))
