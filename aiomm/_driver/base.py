@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar, Final, Generic, TypeVar, assert_never
 
@@ -76,7 +76,8 @@ class Driver(ABC, Generic[_Endpoint]):
         self._at_address: dict[str, Path] = {}
         self._lives: dict[Path, int] = {}
         """The peer's epoch behind each path that a packet has come through."""
-        self._complained: set[Path] = set()
+        self._complained: set[Hashable] = set()
+        """Paths and links out of which something has come that was refused."""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = NEVER
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -235,14 +236,18 @@ class Driver(ABC, Generic[_Endpoint]):
             try:
                 self.endpoint.packet_received(path, packet, now)
             except AiommError as exc:
-                if path not in self._complained:
-                    self._complained.add(path)
-                    logger.warning("! %s refuses %s: %s", self.name, peer, exc)
+                self.complain(path, str(peer), exc)
             except Exception:  # a bug with one packet must not cost the others
                 logger.exception("! %s could not take a packet from %s", self.name, peer)
         if path not in self._lives:
             self._remember_life(path)
         self.pump()
+
+    def complain(self, source: Hashable, what: str, error: AiommError) -> None:
+        """Log that something was refused, once for each source."""
+        if source not in self._complained:
+            self._complained.add(source)
+            logger.warning("! %s refuses %s: %s", self.name, what, error)
 
     def peer_lost(self, channel: Channel, peer: Peer, cause: str) -> None:
         """Learn from a channel that a path has ended."""

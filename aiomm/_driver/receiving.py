@@ -155,8 +155,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         )
         self._links: dict[int, int] = {}
         """The link to each peer that has said Hello."""
-        self._complained_links: set[int] = set()
-        """Those over which a note has come that was none."""
         self._joined: dict[int, Joined] = {}
         self.buffered_bytes = 0
         """Bytes outside the pool of transfers that are unfinished or not taken yet."""
@@ -245,7 +243,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         """Forget a sender that is gone for good."""
         link = self._links.pop(command.peer, 0)
         self._exports.forget(link)
-        self._complained_links.discard(link)
+        self._complained.discard(link)
 
     def _notes_received(self, link: int, notes: Sequence[bytes]) -> None:
         """Take what a plane has carried behind the bytes that it speaks of."""
@@ -253,9 +251,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             try:
                 self.endpoint.note_received(link, note, self.now())
             except ProtocolError as exc:
-                if link not in self._complained_links:
-                    self._complained_links.add(link)
-                    logger.warning("! %s refuses a note over link %d: %s", self.name, link, exc)
+                self.complain(link, f"a note over link {link}", exc)
             except Exception:  # a bug with one note must not cost the others
                 logger.exception("! %s could not take a note over link %d", self.name, link)
         self.pump()
