@@ -23,7 +23,10 @@ from ..buffers.arena import Arena
 from ..buffers.layout import ByteRange
 from ..buffers.tensors import Memory, TokenRows
 
-__all__ = ["Export", "GrantKey", "Place", "Plane", "RemoteArena", "Run"]
+__all__ = ["MAX_NOTE_NBYTES", "Export", "GrantKey", "Place", "Plane", "RemoteArena", "Run"]
+
+MAX_NOTE_NBYTES = 4096
+"""Of one note; see :meth:`RemoteArena.write_and_note`."""
 
 
 class Place(NamedTuple):
@@ -153,9 +156,9 @@ class RemoteArena(ABC):
             grant: the one that permits it.
             runs: what to write.
             note: called when no byte of `runs` need be read any more, and again should that
-                prove wrong; what it returns last counts, at most 4 KiB. Empty, there is none: the
-                transfer has failed, and the bytes may have changed since. On return the
-                receiver's :attr:`Export.noted` has had it; after an error nobody knows.
+                prove wrong; what it returns last counts, at most :data:`MAX_NOTE_NBYTES`. Empty,
+                there is none: the transfer has failed, and the bytes may have changed since. On
+                return the receiver's :attr:`Export.noted` has had it; after an error nobody knows.
         """
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ from aiomm.buffers.arena import Arena, HostArena
 from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows, memory_of
 from aiomm.errors import PlaneUnavailable
-from aiomm.planes.base import Export, GrantKey, Plane, RemoteArena, Run
+from aiomm.planes.base import MAX_NOTE_NBYTES, Export, GrantKey, Plane, RemoteArena, Run
 from aiomm.protocol.frames import PlaneOffer
 from aiomm.types import Field
 
@@ -416,8 +416,8 @@ class NotesContract(PlaneContract):
         link.permit([run])
         await link.remote.write_and_note(GRANT, [run], lambda: b"first")
         assert heard == [(b"first", expected_content(ARENA_NBYTES, (64, tensor)))]
-        await link.remote.write_and_note(GRANT, [run], lambda: b"x" * 4096)
-        assert [note for note, _ in heard] == [b"first", b"x" * 4096]
+        await link.remote.write_and_note(GRANT, [run], lambda: b"x" * MAX_NOTE_NBYTES)
+        assert [note for note, _ in heard] == [b"first", b"x" * MAX_NOTE_NBYTES]
 
     async def test_a_write_without_a_note_has_none(self, link: Link) -> None:
         heard = self.listen(link)

@@ -19,7 +19,7 @@ from aiomm.buffers.layout import ByteRange
 from aiomm.buffers.tensors import TokenRows
 from aiomm.errors import PlaneUnavailable
 from aiomm.planes import door
-from aiomm.planes.base import GrantKey, Place, Plane, Run
+from aiomm.planes.base import MAX_NOTE_NBYTES, GrantKey, Place, Plane, Run
 from aiomm.planes.copying import Copies, CopyThreads
 from aiomm.planes.tcp import TcpPlane, connecting, progress, receiving, sending, sockets, wire
 from aiomm.planes.tcp import connection as connection_module
@@ -360,7 +360,7 @@ class TestTcpPlane(NotesContract):
             b"\xff" * 100,
             header(),
             wire.HEADER.pack(wire.HEADER_MAGIC, wire.MAX_RUNS + 1, False, 0, 0, 1, 1),
-            header((0, 0), has_note=True) + wire.NOTE.pack(wire.MAX_NOTE_NBYTES + 1),
+            header((0, 0), has_note=True) + wire.NOTE.pack(MAX_NOTE_NBYTES + 1),
             header((0, ARENA_NBYTES + 1)),
             header((0, 2**64 - 1)),
             header((0, ARENA_NBYTES), (0, 1)),

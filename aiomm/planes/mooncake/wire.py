@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from ...errors import PlaneUnavailable, ProtocolError
-from ..base import GrantKey
+from ..base import MAX_NOTE_NBYTES, GrantKey
 from ..door import SECRET_NBYTES
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "GREETING",
     "KEY_NBYTES",
     "MAGIC",
-    "MAX_NOTE_NBYTES",
     "MAX_PIECES",
     "Greeting",
     "MooncakeOffer",
@@ -53,7 +52,6 @@ MAGIC = b"aiommM02"
 """The last two digits are the version."""
 KEY_NBYTES = SECRET_NBYTES
 MAX_PIECES = 256
-MAX_NOTE_NBYTES = 4096
 MAX_SESSION_NBYTES = 300
 MAX_INTEGER = 2**63 - 1
 

@@ -30,7 +30,7 @@ import msgspec
 from msgspec import Meta
 
 from ...errors import PlaneUnavailable, ProtocolError
-from ..base import GrantKey, Run
+from ..base import MAX_NOTE_NBYTES, GrantKey, Run
 from ..door import SECRET_NBYTES
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "KEY_NBYTES",
     "MAX_ANSWERS",
     "MAX_HEADER_NBYTES",
-    "MAX_NOTE_NBYTES",
     "MAX_RUNS",
     "NOTE",
     "PREAMBLE",
@@ -78,7 +77,6 @@ HEADER_MAGIC = 0xA103C0DE
 HEADER = struct.Struct("!IH?xQQQQ")
 PIECE = struct.Struct("!QQ")
 ANSWER = struct.Struct("!QBQ")
-MAX_NOTE_NBYTES = 4096
 NOTE = struct.Struct("!H")
 MAX_HEADER_NBYTES = HEADER.size + MAX_RUNS * PIECE.size
 REFUSAL = GREETING.pack(MAGIC, False, 0, 0)
