@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -115,6 +117,16 @@ async def test_untaken_results_move_out_only_as_far_as_the_limit_goes() -> None:
             assert same(dict(lease), tensors_of(128))
 
 
+@asynccontextmanager
+async def moving_out(receiver: Receiver) -> AsyncIterator[None]:
+    """Hold up the move of an untaken result, from its beginning to the end of the block."""
+    driver = receiver._driver
+    driver._copies._threads.are_late = True  # so it waits for its turn on the loop's thread
+    async with driver._copies._on_loop._one_at_a_time:
+        await until(lambda: driver._making_room, driver, "make_room")
+        yield
+
+
 @pytest.mark.parametrize("taken", ["meanwhile", "dropped"])
 async def test_a_result_that_is_taken_while_it_moves(taken: str) -> None:
     """The copy is thrown away: the lease is a view, or the result is gone; no block leaks."""
@@ -122,10 +134,7 @@ async def test_a_result_that_is_taken_while_it_moves(taken: str) -> None:
         await sender.claim(receiver.expect("a"), num_tokens=128).send(tensors_of(128))
         transfer = sender.claim(receiver.expect("b"), num_tokens=20).send(tensors_of(20))
         awaited = asyncio.ensure_future(wait_for(receiver.receive("b")))
-        driver = receiver._driver
-        driver._copies._threads.are_late = True  # so it waits for its turn on the loop's thread
-        async with driver._copies._on_loop._one_at_a_time:
-            await until(lambda: driver._making_room, driver, "make_room")
+        async with moving_out(receiver):
             if taken == "meanwhile":
                 async with receiver.receive("a") as lease:
                     assert lease.is_view
@@ -144,10 +153,8 @@ async def test_one_result_at_a_time_moves_out() -> None:
         await sender.claim(receiver.expect("a"), num_tokens=128).send(tensors_of(128))
         transfer = sender.claim(receiver.expect("b"), num_tokens=20).send(tensors_of(20))
         awaited = asyncio.ensure_future(wait_for(receiver.receive("b")))
-        driver = receiver._driver
-        driver._copies._threads.are_late = True  # so it waits for its turn on the loop's thread
-        async with driver._copies._on_loop._one_at_a_time:
-            await until(lambda: driver._making_room, driver, "make_room")
+        async with moving_out(receiver):
+            driver = receiver._driver
             moving = driver._making_room
             driver.make_room()
             assert driver._making_room is moving
@@ -166,10 +173,7 @@ async def test_the_next_result_moves_when_one_is_taken_while_it_moves() -> None:
             await sender.claim(receiver.expect(name), num_tokens=64).send(tensors_of(64))
         transfer = sender.claim(receiver.expect("b"), num_tokens=20).send(tensors_of(20))
         awaited = asyncio.ensure_future(wait_for(receiver.receive("b")))
-        driver = receiver._driver
-        driver._copies._threads.are_late = True  # so it waits for its turn on the loop's thread
-        async with driver._copies._on_loop._one_at_a_time:
-            await until(lambda: driver._making_room, driver, "make_room")
+        async with moving_out(receiver):
             held = await receiver.receive("a")
         with await awaited as lease:
             assert same(dict(lease), tensors_of(20))
