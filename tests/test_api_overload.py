@@ -205,7 +205,7 @@ async def test_too_many_open_requests() -> None:
     """`max_waiting` of the receiver: retryable, on either side, and soon there is room again."""
     async with pair(max_waiting=3) as (receiver, sender):
         tickets = [receiver.expect(name) for name in "abc"]
-        with pytest.raises(Rejected, match="3 requests are open") as caught:
+        with pytest.raises(Rejected, match="3 open requests: max_waiting of") as caught:
             receiver.expect("d")
         assert caught.value.retryable
         error = await error_of(sender.send("d", tensors_of(1), to=receiver.address))
@@ -215,6 +215,29 @@ async def test_too_many_open_requests() -> None:
         (await receiver.receive("a")).release()
         await sender.send("d", tensors_of(1), to=receiver.address)
         (await receiver.receive("d")).release()
+
+
+async def test_thousands_of_transfers_in_one_turn() -> None:
+    """More than the receiver takes: those are told so, and cost the others nothing."""
+    tensors, most = tensors_of(1), 4096
+
+    async def take(receiver: Receiver, index: int) -> None:
+        async with receiver.receive(f"r{index}") as lease:
+            assert same(dict(lease), tensors)
+
+    asyncio.get_running_loop().set_debug(False)
+    async with pair(max_waiting=most) as (receiver, sender):
+        await sender.send(receiver.expect("first"), tensors)
+        (await receiver.receive("first")).release()
+        names = [f"r{index}" for index in range(most + 1000)]
+        sends = [sender.send(name, tensors, to=receiver.address) for name in names]
+        takes = [take(receiver, index) for index in range(most)]
+        results = await asyncio.gather(*sends, *takes, return_exceptions=True)
+        errors = [each for each in results if isinstance(each, BaseException)]
+        told = {str(each).partition(" (")[0] for each in errors}
+        assert told == {f"{most} open requests: max_waiting of the receiver"}
+        assert len(errors) == 1000
+        assert_idle(receiver, sender)
 
 
 async def test_too_many_transfers_wait_for_a_receiver() -> None:

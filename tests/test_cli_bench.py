@@ -231,7 +231,7 @@ async def test_a_transfer_that_fails_ends_it_with_1(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("AIOMM_MAX_WAITING", "1")
     done = await outcome_of("bench", *TINY, "--concurrency", "4")
     assert (done.code, done.output) == (1, "")
-    assert "aiomm: Rejected: 1 requests are open" in done.errors
+    assert "aiomm: Rejected: 1 open requests" in done.errors
 
 
 def children_of(pid: int) -> list[int]:

@@ -254,7 +254,7 @@ class ReceiveEndpoint(Endpoint):
     def probed(self, peer: int, plane: str, matched: bool) -> None:
         """The probe slot was compared."""
         if peer in self.sessions:
-            self.sessions[peer].send(frames.ProbeAnswer(plane, matched))
+            self.sessions[peer].answer(frames.ProbeAnswer(plane, matched))
 
     def transfer(self, number: int) -> ReceiveTransfer:
         """Return the transfer of a request that has not been forgotten."""
@@ -375,7 +375,8 @@ class ReceiveEndpoint(Endpoint):
     ) -> _Request:
         frames.check_request(request_id, timeout)
         if len(self._requests) >= self._max_requests:
-            raise Rejected(f"{self._max_requests} requests are open", retryable=True)
+            message = f"{self._max_requests} open requests: max_waiting of the receiver"
+            raise Rejected(message, retryable=True)
         self._number += 1
         transfer = ReceiveTransfer(
             self._number, self._default_tokens, now, always_verifies=self._always_verifies
@@ -444,7 +445,7 @@ class ReceiveEndpoint(Endpoint):
             failure = Failure(Reason.BUSY if exc.retryable else Reason.REJECTED, exc.message)
         if failure is not None:
             message = frames.clipped(failure.message)
-            session.send(frames.Abort(transfer, failure.reason, message, False))
+            session.answer(frames.Abort(transfer, failure.reason, message, False))
             if request is not None and (offer.key or offer.redemption):
                 # Nobody else will bring it: fail it now, not at its deadline.
                 self._feed(request.transfer.number, events.Failed(failure), now)
@@ -537,5 +538,5 @@ class ReceiveEndpoint(Endpoint):
             elif not isinstance(command, SendFrame):
                 self._commands.append(command)
             elif session is not None:
-                session.send(command.frame)
+                session.answer(command.frame)
         self._forget_if_over(request)

@@ -41,6 +41,8 @@ class _Opened:
     key: bytes = b""
     peer: int = 0
     """Epoch of the receiver it was offered to; 0 while it waits for one."""
+    is_served: bool = False
+    """It is of an offer that a receiver has redeemed."""
     said: int = 0
     """Sequence of the last frame that was sent for it."""
 
@@ -126,7 +128,8 @@ class SendEndpoint(Endpoint):
         """
         frames.check_request(request_id, timeout, b"" if ready is None else ready.metadata)
         if len(self._waiting) + len(self._regrets) >= self._max_waiting:
-            raise Rejected(f"{self._max_waiting} transfers wait for a receiver", retryable=True)
+            message = f"{self._max_waiting} transfers wait for a receiver: max_waiting"
+            raise Rejected(message, retryable=True)
         opened = self._new(request_id, timeout, now)
         opened.path, opened.life, opened.key = path, life, key
         if ready is not None:
@@ -269,8 +272,7 @@ class SendEndpoint(Endpoint):
             self._feed(generation, events.Failed(failure), now)
         for wanted in self._wanted.take_all_of(session.peer_epoch):
             # If that receiver comes back, it must not wait in vain.
-            message = frames.clipped(failure.message)
-            session.send(frames.Refuse(wanted.redemption, failure.reason, message))
+            _decline(session, wanted.redemption, *failure)
 
     def _is_open(self, number: int) -> bool:
         return number in self._opened or number in self._regrets
@@ -300,7 +302,7 @@ class SendEndpoint(Endpoint):
             case frames.Abort():
                 event = events.Aborted(frame.failure, frame.drained)
                 if not self._frame_event(session, frame, event, now):
-                    session.send(frames.AbortAck(frame.transfer))  # settled: nothing can land
+                    session.answer(frames.AbortAck(frame.transfer))  # settled: nothing can land
             case frames.ProbeAnswer(plane, matched):
                 self._do([ProbeResult(session.peer_epoch, plane, matched)])
             case Redeem():
@@ -416,7 +418,8 @@ class SendEndpoint(Endpoint):
             if not isinstance(command, SendFrame):
                 self._commands.append(command)
             elif session is not None:
-                opened.said = session.send(command.frame) or opened.said
+                send = session.answer if opened.is_served else session.send
+                opened.said = send(command.frame) or opened.said
         if opened.transfer.is_settled:
             generation = opened.transfer.id.generation
             self._opened.pop(generation, None)
@@ -436,7 +439,7 @@ class SendEndpoint(Endpoint):
             return
         self._wanted.expire(now)
         if len(self._wanted) >= self._max_waiting:
-            session.send(frames.Refuse(frame.redemption, Reason.BUSY, "too many receivers wait"))
+            _decline(session, frame.redemption, Reason.BUSY, "too many receivers wait")
             return
         deadline = now + frame.timeout
         wanted = Wanted(session.peer_epoch, frame.redemption, frame.request_id, deadline)
@@ -446,13 +449,19 @@ class SendEndpoint(Endpoint):
         offered = self._offers.get(frame.request_id)
         if offered is None or not hmac.compare_digest(offered.key, frame.key):
             message = f"request {frame.request_id!r} is not on offer: withdrawn, expired or unknown"
-            session.send(frames.Refuse(frame.redemption, Reason.REJECTED, frames.clipped(message)))
+            _decline(session, frame.redemption, Reason.REJECTED, message)
             return
         if len(self._of_peer.get(session.peer_epoch, ())) >= self._max_waiting:
-            session.send(frames.Refuse(frame.redemption, Reason.BUSY, "too many transfers run"))
+            _decline(session, frame.redemption, Reason.BUSY, "too many transfers run")
             return
         opened = self._new(frame.request_id, min(frame.timeout, offered.timeout), now)
+        opened.is_served = True
         self._do([Serve(opened.transfer.id)])
         ready = events.TokensReady(offered.total, offered.total, offered.metadata)
         self._apply(opened, opened.transfer.handle(ready, now))
         self._offer_to(opened, session, frame.redemption, now)
+
+
+def _decline(session: Session, redemption: int, reason: Reason, message: str) -> None:
+    """Tell a receiver that it will not get what it has asked for."""
+    session.answer(frames.Refuse(redemption, reason, frames.clipped(message)))

@@ -30,7 +30,8 @@ MAX_EARLY_FRAMES = 256
 too early, even if a better path overtakes all that is still on another one."""
 ACKNOWLEDGE_EVERY = 64
 """One frame in so many is acknowledged at once: others may wait for room behind it."""
-MAX_UNACKNOWLEDGED = 8192
+MAX_ANSWERS = 8192
+"""What a peer may have this side keep for it: answers that it leaves unacknowledged, or notes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class Session:
         self.is_missed = False
         """It was lost and has not been heard since: what waits for anybody passed it over."""
         self.is_choked = False
-        """The peer has left too much unacknowledged, so that something was not sent."""
+        """The peer has left too many answers unacknowledged, so that one was not sent."""
         self.is_busy = False
         """Somebody waits for this peer: ask for signs of life, and notice when none come."""
         self.ignored = 0
@@ -138,6 +139,8 @@ class Session:
         """Frames behind those, held back until there is room; see MAX_EARLY_FRAMES."""
         self._unacknowledged: deque[tuple[int, Frame]] = deque()
         """Frames that were handed to the channel, until the peer has acknowledged them."""
+        self._answers: deque[int] = deque()
+        """The sequences of answers that the peer has not acknowledged."""
         self._early: dict[int, Frame] = {}
         self._notes: dict[int, list[Frame]] = {}
         """What planes have carried, by the sequence of the frame that it waits for."""
@@ -165,21 +168,25 @@ class Session:
         self._changed(self)
 
     def send(self, frame: Frame) -> int:
-        """Queue a frame that has to arrive; return its sequence.
-
-        A peer that leaves thousands unacknowledged counts as silent, and gets no more: 0.
-        """
-        if len(self._unacknowledged) + len(self._unsent) < MAX_EARLY_FRAMES:
-            queue = self._unsent
-        elif len(self._held) < MAX_UNACKNOWLEDGED - MAX_EARLY_FRAMES:
-            queue = self._held
-        else:
-            self.is_choked = True
-            return 0
+        """Queue a frame that has to arrive; return its sequence."""
+        has_room = len(self._unacknowledged) + len(self._unsent) < MAX_EARLY_FRAMES
+        queue = self._unsent if has_room else self._held
         self._sent += 1
         queue.append((self._sent, frame))
         self._changed(self)
         return self._sent
+
+    def answer(self, frame: Frame) -> int:
+        """Do the same with a frame that the peer, and not this side's user, has caused.
+
+        A peer that leaves thousands of them unacknowledged counts as silent, and gets no more: 0.
+        """
+        if len(self._answers) >= MAX_ANSWERS:
+            self.is_choked = True
+            return 0
+        sequence = self.send(frame)
+        self._answers.append(sequence)
+        return sequence
 
     def note(self, frame: Frame, behind: int) -> bytes:
         """Return a frame for a plane to carry, which stands behind the one with that sequence."""
@@ -236,7 +243,7 @@ class Session:
         ahead = packet.sequence - self._delivered
         if ahead <= 0:
             return [packet.frame]
-        if ahead <= MAX_UNACKNOWLEDGED and self._num_notes < MAX_UNACKNOWLEDGED:
+        if self._num_notes < MAX_ANSWERS:
             self._notes.setdefault(packet.sequence, []).append(packet.frame)
             self._num_notes += 1
         else:
@@ -277,7 +284,7 @@ class Session:
     def silence(self) -> str:
         """Say why :meth:`is_silent`."""
         if self.is_choked:
-            return f"the peer has left {MAX_UNACKNOWLEDGED} frames unacknowledged"
+            return f"the peer has left {MAX_ANSWERS} answers unacknowledged"
         return f"the peer has not answered for {self._timing.peer_timeout:g} s"
 
     def begin_waiting(self, now: float) -> None:
@@ -328,6 +335,8 @@ class Session:
             return
         while pending and pending[0][0] <= acknowledged:
             pending.popleft()
+        while self._answers and self._answers[0] <= acknowledged:
+            self._answers.popleft()
         self._resend_after = self._timing.resend_first
         self._resend_at = now + self._resend_after if pending else NEVER
         if self._held:

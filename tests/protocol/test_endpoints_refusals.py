@@ -91,7 +91,7 @@ class TestLimits:
         pair.receiver.crash()
         pair.receiver = Receiving(pair.world, "receiver", blocks=4, max_requests=1)
         pair.expect()
-        with pytest.raises(Rejected, match="1 requests are open") as caught:
+        with pytest.raises(Rejected, match="1 open requests") as caught:
             pair.expect("other")
         assert caught.value.retryable
         generation = pair.open("other")

@@ -12,8 +12,8 @@ from aiomm.protocol import frames
 from aiomm.protocol.frames import Frame, Hello, Packet, decode, specs_of
 from aiomm.protocol.session import (
     ACKNOWLEDGE_EVERY,
+    MAX_ANSWERS,
     MAX_EARLY_FRAMES,
-    MAX_UNACKNOWLEDGED,
     NEVER,
     Contact,
     Path,
@@ -210,15 +210,13 @@ class TestReceiving:
     def test_notes_that_wait_are_bounded(self) -> None:
         """A peer that speaks of frames it never sends costs so much and no more."""
         end = session()
-        assert end.receive_note(note(MAX_UNACKNOWLEDGED + 1, 0)) == []
-        assert end.ignored == 1
-        for number in range(MAX_UNACKNOWLEDGED + 5):
+        for number in range(MAX_ANSWERS + 5):
             assert end.receive_note(note(2 + number % 2, number)) == []
-        assert end.ignored == 6
+        assert end.ignored == 5
         end.receive(frame(1), 0.0)
-        assert len(end.receive(frame(2), 0.0)) == 1 + MAX_UNACKNOWLEDGED // 2
-        assert end.receive_note(note(MAX_UNACKNOWLEDGED, 0)) == []
-        assert end.ignored == 6
+        assert len(end.receive(frame(2), 0.0)) == 1 + MAX_ANSWERS // 2
+        assert end.receive_note(note(2**40, 0)) == []
+        assert end.ignored == 5
 
     def test_acknowledgements_ride(self) -> None:
         """On whatever goes out; alone only when nothing does for 25 ms."""
@@ -483,31 +481,45 @@ class TestPeersThatDoNotAnswer:
         end.send(redeem(2))
         assert sequences(out(end, 0.2)) == [1, 2]
 
-    def test_thousands_without_an_acknowledgement_count_as_silence(self) -> None:
-        """The queue grows no further, and the peer is lost without waiting."""
+    def test_thousands_of_answers_without_an_acknowledgement_count_as_silence(self) -> None:
+        """They grow no further, and the peer is lost without waiting."""
         end = session()
-        for number in range(1, MAX_UNACKNOWLEDGED + 1):
-            end.send(redeem(number % 1000))
+        for number in range(1, MAX_ANSWERS + 1):
+            assert end.answer(redeem(number % 1000)) == number
         assert not end.is_silent(0.0)
         assert end.silence == "the peer has not answered for 15 s"
-        end.send(redeem(0))
+        assert end.answer(redeem(0)) == 0
         assert end.is_silent(0.0)
-        assert end.silence == f"the peer has left {MAX_UNACKNOWLEDGED} frames unacknowledged"
+        assert end.silence == f"the peer has left {MAX_ANSWERS} answers unacknowledged"
         assert len(out(end, 0.0)) == MAX_EARLY_FRAMES
+
+    def test_what_this_side_has_to_say_is_no_answer(self) -> None:
+        """However much its user does in one turn, nobody is lost for it, nothing left out."""
+        end = session()
+        most = 2 * MAX_ANSWERS
+        for number in range(most):
+            end.send(redeem(number % 1000))
+        end.answer(redeem(0))
+        assert not end.is_silent(0.0)
+        sent = []
+        while packets := out(end, 0.0):
+            sent += sequences(packets)
+            end.receive(ack(sent[-1]), 0.0)
+        assert sent == list(range(1, most + 2))
 
     def test_who_was_lost_for_that_and_comes_back_gets_frames_again(self) -> None:
         """Once it has acknowledged the old ones, it counts as silent no more."""
         end = session()
         end.begin_waiting(0.0)
-        for number in range(MAX_UNACKNOWLEDGED + 1):
-            end.send(redeem(number % 1000))
+        for number in range(MAX_ANSWERS + 1):
+            end.answer(redeem(number % 1000))
         out(end, 0.0)
         end.lose()
         while again := out(end, 1.0):
             end.receive(ack(again[-1].sequence), 1.0)
         assert not end.is_silent(1.0)
-        end.send(redeem(1))
-        assert sequences(out(end, 1.0)) == [MAX_UNACKNOWLEDGED + 1]
+        end.answer(redeem(1))
+        assert sequences(out(end, 1.0)) == [MAX_ANSWERS + 1]
         assert not end.is_silent(1.0)
 
     def test_a_lost_peer_s_early_frames_are_not_kept(self) -> None:
