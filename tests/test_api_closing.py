@@ -18,11 +18,13 @@ from .support import (
     SMALL_POOL,
     error_of,
     faulty_pair,
+    free_blocks,
     frozen_imports,  # noqa: F401
     granted,
     pair,
     same,
     tensors_of,
+    until,
 )
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -171,3 +173,30 @@ async def test_closing_waits_for_no_thread_of_the_loops() -> None:
             closed.set()
         assert await waiting
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+
+
+@pytest.mark.parametrize("closed", ["sender", "receiver"])
+async def test_closing_with_a_thousand_open_transfers(closed: str) -> None:
+    """The other side has all its blocks back, though most of what it is told has to wait."""
+    asyncio.get_running_loop().set_debug(False)
+    async with pair(blocks=1000, block_size=1, default_blocks=1) as (receiver, sender):
+        await sender.send(receiver.expect("first"), tensors_of(1))
+        (await receiver.receive("first")).release()
+        transfers = [sender.claim(f"r{i}", to=receiver.address) for i in range(1000)]
+        await asyncio.gather(*map(granted, transfers))
+        assert free_blocks(receiver) == 0
+        closing = asyncio.ensure_future((sender if closed == "sender" else receiver).aclose())
+        await until(lambda: free_blocks(receiver) == 1000, receiver._driver, "pump")
+        await closing
+        for transfer in transfers:
+            assert isinstance(await error_of(transfer), PoolClosed)
+
+
+async def test_closing_with_no_time_for_it() -> None:
+    """Whoever waits is told all the same, however many they are."""
+    async with pair(sender={"close_timeout": 0.001}) as (_, sender):
+        transfers = [sender.send(f"r{i}", tensors_of(1)) for i in range(1000)]
+        await asyncio.sleep(0)
+        await sender.aclose()
+        for transfer in transfers:
+            assert isinstance(await error_of(transfer), PoolClosed)

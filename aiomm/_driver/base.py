@@ -37,6 +37,9 @@ RECONTACT_DELAY = 0.1
 REFUSED_DELAY = 1.0
 """The same where the peer has turned this side away, or parted, or no socket could be made."""
 
+MAX_ABANDONED = 128
+"""Transfers that a closing endpoint fails in one turn of the loop: 2 ms."""
+
 OF_LINKS: Final = (Greet, Part, Leave)
 """Commands that both kinds of endpoint know."""
 
@@ -82,6 +85,7 @@ class Driver(ABC, Generic[_Endpoint]):
         self._timer_at = NEVER
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_pumping = False
+        self._pumped = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
         self.is_started = False
         self.is_closing = False
@@ -178,16 +182,26 @@ class Driver(ABC, Generic[_Endpoint]):
     async def _part(self) -> None:
         """Fail what runs, wait until nothing can land any more, and say goodbye."""
         closed = Failure(Reason.CLOSED, f"{self.name} was closed")
-        self.abandon(closed)
-        self.pump()
+        await self._abandon(closed)
         try:
             async with asyncio.timeout(self.settings.close_timeout):
                 await self.drain()
+                while self.endpoint.holds_back():  # a goodbye behind so much would not get through
+                    await self.next_pump()
         except TimeoutError:
             logger.warning("! %s closes with writes that have not drained", self.name)
         if self.has_drained():  # else a goodbye would have the peer give the blocks to others
             self.endpoint.say_goodbye(closed)
             self.pump()
+
+    async def _abandon(self, failure: Failure) -> None:
+        """Fail everything that is not done, some in each turn of the loop."""
+        numbers = self.unfinished()
+        for first in range(0, len(numbers), MAX_ABANDONED):
+            for number in numbers[first : first + MAX_ABANDONED]:
+                self.give_up(number, failure)
+            self.pump()
+            await asyncio.sleep(0)
 
     async def _close_channels(self) -> None:
         if self.stream is not None:
@@ -205,8 +219,12 @@ class Driver(ABC, Generic[_Endpoint]):
         """Give back what :meth:`set_up` made, as far as it got."""
 
     @abstractmethod
-    def abandon(self, failure: Failure) -> None:
-        """Fail everything that is not done."""
+    def unfinished(self) -> list[int]:
+        """Return the numbers of all that somebody may still wait for; none is added from now on."""
+
+    @abstractmethod
+    def give_up(self, number: int, failure: Failure) -> None:
+        """Fail one of them, if it is not over by now."""
 
     @abstractmethod
     async def drain(self) -> None:
@@ -334,8 +352,14 @@ class Driver(ABC, Generic[_Endpoint]):
                         logger.exception("! %s could not carry out %s", self.name, kind)
         finally:
             self._is_pumping = False
+            self._pumped.set()
             self.outbox.next_turn()
             self._arm_timer()
+
+    async def next_pump(self) -> None:
+        """Return when an input has led to something, or to nothing."""
+        self._pumped.clear()
+        await self._pumped.wait()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run `coroutine` as a task that this driver owns."""

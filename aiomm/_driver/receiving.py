@@ -163,7 +163,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self._making_room: asyncio.Task[None] | None = None
         self._joins, self._copies = _copies_for(device)
         self._checksums = Checksums()
-        self._freed = asyncio.Event()
 
     # Beginning and end.
 
@@ -185,17 +184,19 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         await self.memory.aclose(self._copies)
         await self._copies.aclose()
 
-    def abandon(self, failure: Failure) -> None:
-        """Fail every request that is not done, and take no new one."""
+    def unfinished(self) -> list[int]:
+        """Return all requests, and take no new one."""
         self.endpoint.is_closing = True
-        for number in self.endpoint.numbers():
-            self.endpoint.give_up(number, failure, self.now())
+        return self.endpoint.numbers()
+
+    def give_up(self, number: int, failure: Failure) -> None:
+        """Fail one request, also if nobody has taken what has come."""
+        self.endpoint.give_up(number, failure, self.now())
 
     async def drain(self) -> None:
         """Return when no sender can write into the pool any more."""
         while any(not self.endpoint.transfer(n).is_settled for n in self.endpoint.numbers()):
-            self._freed.clear()
-            await self._freed.wait()
+            await self.next_pump()
 
     def has_drained(self) -> bool:
         """A receiver writes into nobody's memory."""
@@ -338,7 +339,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         for allocation in allocations:
             self.pool.free(allocation)
         self._pump_queue()
-        self._freed.set()
 
     def take(self, delivery: Delivery) -> None:
         """Give a delivery to the user, who releases its blocks later."""
@@ -545,7 +545,6 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         joined = self._joined.pop(number, None)  # it stays counted until it is taken
         if joined is None:
             self._count_buffered(number, 0)
-        self._freed.set()
         delivery = Delivery(transfer, kept, command.extents, joined)
         self._pump_queue()
         self.waiter.ended(number, delivery)

@@ -109,7 +109,6 @@ class SendDriver(Driver[SendEndpoint]):
         """Set when a transfer ends whose write has failed."""
         self._used: dict[int, Route] = {}
         """The route each transfer was written over."""
-        self._idle = asyncio.Event()
 
     async def set_up(self) -> None:
         """Load what leads to CUDA, if it is in use: at the first tensor it would hold the loop."""
@@ -124,10 +123,13 @@ class SendDriver(Driver[SendEndpoint]):
         await asyncio.gather(*self._detachments)
         await self._checksums.aclose()
 
-    def abandon(self, failure: Failure) -> None:
-        """Fail every transfer that is not done."""
-        for generation in list(self.watchers):
-            self.endpoint.fail(generation, failure, self.now())
+    def unfinished(self) -> list[int]:
+        """Return all transfers that are watched."""
+        return list(self.watchers)
+
+    def give_up(self, number: int, failure: Failure) -> None:
+        """Fail one transfer."""
+        self.endpoint.fail(number, failure, self.now())
 
     async def drain(self) -> None:
         """Return when no write runs any more that matters to anybody.
@@ -136,20 +138,13 @@ class SendDriver(Driver[SendEndpoint]):
         the receiver's farewell for a break, and connect anew.
         """
         while not self.has_drained():
-            self._idle.clear()
-            await self._idle.wait()
+            await self.next_pump()
         for task in self._tasks:
             task.cancel()
 
     def has_drained(self) -> bool:
         """Whether no write can land any more."""
         return not self.endpoint.num_live
-
-    def pump(self) -> None:
-        """Execute what the endpoint wants, and notice when nothing is left."""
-        super().pump()
-        if not self.endpoint.num_live:
-            self._idle.set()
 
     def execute(self, command: Command) -> None:
         """Carry out one command of the sender's."""

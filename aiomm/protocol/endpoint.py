@@ -127,6 +127,10 @@ class Endpoint(ABC):
             self._add_path(session, path)
             session.announce_path()
 
+    def holds_back(self) -> bool:
+        """Whether more is to be said to some peer than may be on its way at once."""
+        return any(session.holds_back for session in self.sessions.values())
+
     def say_goodbye(self, failure: Failure) -> None:
         """Tell every peer that this life ends. Call it when no write runs any more."""
         for session in self.sessions.values():

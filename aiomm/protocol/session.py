@@ -206,6 +206,11 @@ class Session:
         self._release(len(self._held))
         self.say(goodbye)
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether frames wait here until the peer, which is not lost, acknowledges others."""
+        return bool(self._held) and not self.is_lost
+
     def greeting(self) -> bytes:
         """Return this side's Hello to the peer, which answers the peer's."""
         return self._encoded(0, self.hello)
