@@ -271,6 +271,8 @@ class Driver(ABC, Generic[_Endpoint]):
         """Learn from a channel that a path has ended."""
         path = self._path(channel, peer)
         logger.debug("x %s lost %s: %s", self.name, peer, cause)
+        if path in self._lives:
+            self._contact_anew(path)
         self.endpoint.path_lost(path, cause, self.now())
         self._complained.discard(path)
         self._forget_address(path)
@@ -315,6 +317,21 @@ class Driver(ABC, Generic[_Endpoint]):
             self._at_address[address] = path
         self.endpoint.contact(path, self.now(), until)
         return path
+
+    def _contact_anew(self, path: Path) -> None:
+        """Whoever waits for a Hello there, where a life has ended, means the next one."""
+        addresses = [at for at, each in self._at_address.items() if each == path]
+        if self.is_closing or not addresses or not self.endpoint.says_hello(path):
+            return
+        self._forget_address(path)
+        for address in addresses:
+            try:
+                successor = Path(0, self.channel, self.channel.connect(address))
+            except ValueError as exc:  # no descriptor is free
+                logger.warning("! %s: %s", self.name, exc)
+            else:
+                self._at_address[address] = successor
+                self.endpoint.redirect(path, successor, self.now())
 
     def path_to(self, address: str | None, life: int, timeout: float) -> Path | None:
         """Return the path for a first contact with `life`; None where none is needed, or helps.

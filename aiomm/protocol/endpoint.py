@@ -10,7 +10,7 @@ import heapq
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from ..errors import Failure, IncompatibleSchema, ProtocolError, Reason
 from ..types import Schema
@@ -19,13 +19,20 @@ from .commands import Command, Greet, Leave, Part, Transmit
 from .frames import PROTOCOL_VERSION, Frame, Goodbye, Hello, Packet, clipped, decode, encode
 from .session import NEVER, Contact, Path, Session, Timing
 
-__all__ = ["Endpoint"]
+__all__ = ["Contacting", "Endpoint"]
 
 MAX_REFUSED_PATHS = 1024
 MAX_ENDED_LIVES = 4096
 MIN_DEADLINES = 1024
 MAX_EXPIRED = 64
 """Deadlines that are looked at in one turn: a thousand would hold the loop for 16 ms."""
+
+
+class Contacting(Protocol):
+    """What may wait for the answer to a first contact."""
+
+    path: Path | None
+    """Where that is."""
 
 
 class Endpoint(ABC):
@@ -64,12 +71,15 @@ class Endpoint(ABC):
 
     # What the driver feeds in.
 
-    def contact(self, path: Path, now: float, until: float = NEVER) -> None:
-        """Say Hello to whoever is at `path`, until then at least. Again is harmless."""
+    def contact(self, path: Path, now: float, until: float = NEVER, life: int = 0) -> None:
+        """Say Hello to whoever is at `path`, until then at least. Again is harmless.
+
+        Nothing is said where `life`, or if that is 0 any, is known to be.
+        """
         contact = self._contacts.get(path)
         if contact is not None:
             contact.until = max(contact.until, until)
-        elif self._session_at(path) is None:
+        elif self._session_at(path, life) is None:
             hello = self._hello(0)
             self._contacts[path] = Contact(self.epoch, hello, now, self._timing, until)
 
@@ -98,6 +108,19 @@ class Endpoint(ABC):
             self._frames_received(path, packet, now)
         else:
             self.counters["of_no_session"] += 1
+
+    def says_hello(self, path: Path) -> bool:
+        """Whether a first contact at `path` is not answered yet."""
+        return path in self._contacts
+
+    def redirect(self, path: Path, successor: Path, now: float) -> None:
+        """Say Hello at another path instead, on behalf of all that wait for an answer."""
+        contact = self._contacts.pop(path, None)
+        if contact is not None:
+            self.contact(successor, now, contact.until)
+            for each in self._contacting():
+                if each.path == path:
+                    each.path = successor
 
     def path_lost(self, path: Path, cause: str, now: float) -> None:
         """Learn that nothing gets through `path` any more."""
@@ -198,6 +221,10 @@ class Endpoint(ABC):
         """A link stands, first contacted over `path`."""
 
     @abstractmethod
+    def _contacting(self) -> Iterable[Contacting]:
+        """Return all that may wait for an answer at some path."""
+
+    @abstractmethod
     def _contact_failed(self, path: Path, failure: Failure, now: float) -> None:
         """Nobody can be reached at `path`."""
 
@@ -266,8 +293,10 @@ class Endpoint(ABC):
 
     # First contact.
 
-    def _session_at(self, path: Path) -> Session | None:
-        return next(iter(self._at_path.get(path, ())), None)
+    def _session_at(self, path: Path, life: int = 0) -> Session | None:
+        """Return the session at `path`; None if another life is meant, which may be there now."""
+        session = next(iter(self._at_path.get(path, ())), None)
+        return None if session is None or life not in (0, session.peer_epoch) else session
 
     def _hello_received(self, path: Path, packet: Packet, hello: Hello, now: float) -> None:
         peer = packet.source_epoch

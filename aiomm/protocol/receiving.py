@@ -31,7 +31,7 @@ from .commands import (
     Unreserve,
     Verify,
 )
-from .endpoint import Endpoint
+from .endpoint import Contacting, Endpoint
 from .frames import Frame, Hello, PlaneOffer, decode
 from .receive_transfer import ReceiveTransfer
 from .session import Path, Session, Timing
@@ -169,14 +169,14 @@ class ReceiveEndpoint(Endpoint):
         request = self._add(request_id, timeout, now, named=False)
         request.path, request.life, request.redeem_key = path, life, key
         self._unasked[request.transfer.number] = request
-        session = self.sessions.get(life) if path is None else self._session_at(path)
+        session = self.sessions.get(life) if path is None else self._session_at(path, life)
         if self.has_ended(life):
             gone = Failure(Reason.REJECTED, "the ticket is void: its sender is gone")
             self._feed(request.transfer.number, events.Failed(gone), now)
         elif session is not None:
             self._ask(request, session, now)
         elif path is not None:
-            self.contact(path, now, request.deadline)
+            self.contact(path, now, request.deadline, life)
         return request.transfer.number
 
     def fail(self, number: int, failure: Failure, now: float) -> None:
@@ -308,6 +308,9 @@ class ReceiveEndpoint(Endpoint):
                 continue  # its failure was not told yet
             if request.path == path or request.life == session.peer_epoch:
                 self._ask(request, session, now)
+
+    def _contacting(self) -> Iterable[Contacting]:
+        return self._unasked.values()
 
     def _contact_failed(self, path: Path, failure: Failure, now: float) -> None:
         for number, request in list(self._unasked.items()):

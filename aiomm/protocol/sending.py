@@ -10,13 +10,14 @@ import hmac
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 from ..errors import Failure, Reason, Rejected
 from ..types import Schema, TransferId
 from . import events, frames
 from .commands import Command, ProbeResult, SendFrame, Serve, Tell, Write
-from .endpoint import Endpoint
+from .endpoint import Contacting, Endpoint
 from .frames import Frame, Hello, Redeem
 from .send_transfer import SendTransfer
 from .session import Path, Session, Timing
@@ -141,11 +142,11 @@ class SendEndpoint(Endpoint):
         elif opened.is_unaddressed:
             self._find_receiver(opened, now)
         else:
-            session = self.sessions.get(life) if path is None else self._session_at(path)
+            session = self.sessions.get(life) if path is None else self._session_at(path, life)
             if session is not None:
                 self._offer_to(opened, session, 0, now)
             elif path is not None:
-                self.contact(path, now, opened.deadline)
+                self.contact(path, now, opened.deadline, life)
         return opened.transfer
 
     def tokens_ready(self, generation: int, ready: events.TokensReady, now: float) -> None:
@@ -260,6 +261,9 @@ class SendEndpoint(Endpoint):
             )
         )
         session.send(frames.Abort(transfer.id, reason, frames.clipped(message), True))
+
+    def _contacting(self) -> Iterable[Contacting]:
+        return chain(self._waiting.values(), self._regrets.values())
 
     def _contact_failed(self, path: Path, failure: Failure, now: float) -> None:
         self._regrets = {n: each for n, each in self._regrets.items() if each.path != path}
