@@ -350,20 +350,18 @@ class Receiver(Lifecycle):
     def cancel(self, request_id: str, reason: object = "cancelled by the receiver") -> None:
         """Give a request up and tell its sender at once. Harmless when there is none.
 
-        Who waits for it gets Cancelled; a result that nobody has taken is dropped. The request
-        id is free again.
+        Who waits for it gets Cancelled, also by a ticket or a `source`; a result that nobody has
+        taken is dropped. The request id is free again.
 
         Args:
             request_id: which one.
             reason: a sentence or an exception, which both sides are told.
         """
         driver = self._driver
-        number = driver.endpoint.number_of(request_id)
-        if number is None:
-            return
-        driver.endpoint.fail(number, Failure(Reason.CANCELLED, str(reason)), driver.now())
-        if number not in self._waiting:
-            self._drop(number)
+        for number in driver.endpoint.numbers_of(request_id):
+            driver.endpoint.fail(number, Failure(Reason.CANCELLED, str(reason)), driver.now())
+            if number not in self._waiting:
+                self._drop(number)
         driver.pump()
 
     def metrics(self) -> dict[str, int]:

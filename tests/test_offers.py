@@ -12,6 +12,7 @@ import torch
 
 from aiomm import (
     AiommError,
+    Cancelled,
     Field,
     IncompatibleSchema,
     Lease,
@@ -222,6 +223,31 @@ async def test_cancelling_a_redemption_leaves_the_offer_standing() -> None:
         offered.withdraw()
         assert await offered == 1
         assert_idle(receiver, sender)
+
+
+async def test_redemptions_are_cancelled_by_their_request_id() -> None:
+    """All of that id, whether they are served or wait, and no other."""
+    async with offering() as (sender, (receiver,)):
+        ticket = sender.offer("request", tensors_of(100)).ticket
+        (await receiver.receive(ticket)).release()  # the link stands
+        offer = sender.offer("other", tensors_of(100))
+        other = asyncio.ensure_future(_take(receiver, offer.ticket))
+        waits = [asyncio.ensure_future(_take(receiver, ticket)) for _ in range(2)]
+        waits.append(asyncio.ensure_future(_take(receiver, "request", sender.address)))
+        await asyncio.sleep(0)
+        receiver.cancel("request", "the user hung up")
+        for wait in waits:
+            error = await error_of(wait)
+            assert isinstance(error, Cancelled)
+            assert "the user hung up" in error.message
+        await other
+        assert not receiver._driver.endpoint._redeemed
+        assert free_blocks(receiver) == SMALL_POOL["blocks"]
+
+
+async def _take(receiver: Receiver, request: Ticket | str, source: str | None = None) -> None:
+    """Receive and release; unlike `receive` itself, this begins when its task runs."""
+    (await receiver.receive(request, source=source)).release()
 
 
 async def test_what_cannot_be_offered() -> None:

@@ -49,8 +49,11 @@ _Endpoint = TypeVar("_Endpoint", bound=Endpoint)
 
 
 def new_epoch() -> int:
-    """Return the random number of a new life."""
-    return secrets.randbelow(2**63 - 1) + 1
+    """Return the random number of a new life.
+
+    It is exact as a double, too: routers carry tickets as JSON, and many read numbers so.
+    """
+    return secrets.randbelow(2**53 - 1) + 1
 
 
 class Driver(ABC, Generic[_Endpoint]):

@@ -7,6 +7,7 @@ it unasked; it ends when the user has taken its result, or by its deadline.
 from __future__ import annotations
 
 import hmac
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -123,6 +124,9 @@ class ReceiveEndpoint(Endpoint):
         self._unasked: dict[int, _Request] = {}
         """Redeemed, and the sender was not reached yet."""
         self._by_request_id: dict[str, int] = {}
+        """The open request of each id, but for those that are redeemed."""
+        self._redeemed: defaultdict[str, set[int]] = defaultdict(set)
+        """Those, by request id: there may be several, of several senders."""
         self._by_transfer: dict[tuple[int, TransferId], int] = {}
 
     # What the user asks for.
@@ -168,6 +172,7 @@ class ReceiveEndpoint(Endpoint):
         """
         request = self._add(request_id, timeout, now, named=False)
         request.path, request.life, request.redeem_key = path, life, key
+        self._redeemed[request_id].add(request.transfer.number)
         self._unasked[request.transfer.number] = request
         session = self.sessions.get(life) if path is None else self._session_at(path, life)
         if self.has_ended(life):
@@ -265,9 +270,11 @@ class ReceiveEndpoint(Endpoint):
         session = self.sessions.get(self._requests[number].peer)
         return session.hello.link if session is not None else 0
 
-    def number_of(self, request_id: str) -> int | None:
-        """Return the number of the open request with that id, if there is one."""
-        return self._by_request_id.get(request_id)
+    def numbers_of(self, request_id: str) -> list[int]:
+        """Return the numbers of the open requests with that id."""
+        named = self._by_request_id.get(request_id)
+        redeemed = sorted(self._redeemed.get(request_id, ()))
+        return redeemed if named is None else [named, *redeemed]
 
     def is_wanted(self, number: int) -> bool:
         """Whether somebody may still ask for the result."""
@@ -396,8 +403,13 @@ class ReceiveEndpoint(Endpoint):
     def _close(self, request: _Request) -> None:
         """Nobody will ask for the result any more; its id may be used again."""
         request.is_open = False
-        if self._by_request_id.get(request.request_id) == request.transfer.number:
-            del self._by_request_id[request.request_id]
+        request_id, number = request.request_id, request.transfer.number
+        if self._by_request_id.get(request_id) == number:
+            del self._by_request_id[request_id]
+        elif request_id in self._redeemed:
+            self._redeemed[request_id].discard(number)
+            if not self._redeemed[request_id]:
+                del self._redeemed[request_id]
         self._forget_if_over(request)
 
     def _forget_if_over(self, request: _Request) -> None:

@@ -314,8 +314,8 @@ class TestDeadlines:
         """Questions the driver asks."""
         pair = Pair()
         number, generation = pair.expect(), pair.claim(tokens=None)
-        assert pair.receiver.endpoint.number_of("request") == number
-        assert pair.receiver.endpoint.number_of("other") is None
+        assert pair.receiver.endpoint.numbers_of("request") == [number]
+        assert pair.receiver.endpoint.numbers_of("other") == []
         assert pair.receiver.endpoint.link_of(number) == 0
         assert pair.sender.endpoint.has(generation)
         assert not pair.sender.endpoint.has(99)
