@@ -43,6 +43,10 @@ __all__ = ["Lease", "Receiver", "Reception"]
 
 logger = logging.getLogger("aiomm.receiver")
 
+UNASKED_ERRORS = 4
+"""Failures of what senders began unasked have at most this part (1/4) of the places for requests:
+a sender that fails again and again must not keep the others out."""
+
 
 class Lease(Mapping[str, Array]):
     """Received tensors, for as long as the lease is held.
@@ -270,8 +274,12 @@ class Receiver(Lifecycle):
         self._driver.standing_contacts = contacts
         self._on_failure = on_failure
         self._waiting: dict[int, asyncio.Future[Delivery]] = {}
-        self._results: dict[int, Delivery | AiommError] = {}
-        """What has ended and nobody has asked for yet."""
+        self._results: dict[int, Delivery] = {}
+        """What has arrived and nobody has asked for yet."""
+        self._errors: dict[int, AiommError] = {}
+        """What has failed and nobody has asked for yet."""
+        self._unasked_errors: dict[int, None] = {}
+        """Those of them that nobody here has ever spoken of, the oldest first."""
         self._arrival = asyncio.Event()
 
     @property
@@ -368,15 +376,13 @@ class Receiver(Lifecycle):
         """Return figures of this moment: blocks in each state, requests, what was ignored."""
         driver = self._driver
         blocks = {f"blocks_{state.value}": n for state, n in driver.pool.counts().items()}
-        ignored = {f"ignored_{name}": n for name, n in driver.endpoint.counters.items()}
         return {
             **blocks,
             "requests_open": len(driver.endpoint.numbers()),
             "requests_waiting_for_blocks": driver.queue.num_waiting,
             "bytes_buffered": driver.buffered_bytes,
             "bytes_spare": driver.memory.spare_nbytes,
-            "peers": len(driver.endpoint.sessions),
-            **ignored,
+            **driver.metrics_of_links(),
         }
 
     def __aiter__(self) -> AsyncIterator[Lease]:
@@ -409,8 +415,7 @@ class Receiver(Lifecycle):
         """Pass a result on to who waits for it, or keep it."""
         waiting = self._waiting.pop(number, None)
         if waiting is None and self._driver.endpoint.is_wanted(number):
-            self._results[number] = result
-            self._arrival.set()
+            self._keep(number, result)
             return
         self._drop(number)
         if waiting is None or waiting.done():  # cancelled, and its task has not run yet
@@ -421,10 +426,21 @@ class Receiver(Lifecycle):
         else:
             waiting.set_result(result)
 
+    def _keep(self, number: int, result: Delivery | AiommError) -> None:
+        """Keep a result for whoever will ask; of failures that few may ask for, the last ones."""
+        if isinstance(result, Delivery):
+            self._results[number] = result
+            self._arrival.set()
+            return
+        self._errors[number] = result
+        if self._driver.endpoint.is_unasked(number):
+            self._unasked_errors[number] = None
+            if len(self._unasked_errors) > self.settings.max_waiting // UNASKED_ERRORS:
+                self._drop(next(iter(self._unasked_errors)))
+
     def _failed(self, number: int, request_id: str, error: AiommError) -> None:
         """Pass a failure on to who waits for it, or keep it, and tell of it."""
-        has_been_told = isinstance(self._results.get(number), AiommError)
-        if number not in self._waiting and not has_been_told:
+        if number not in self._waiting and number not in self._errors:
             self._tell(request_id, error)
         self._ended(number, error)
 
@@ -436,9 +452,14 @@ class Receiver(Lifecycle):
     def _drop(self, number: int) -> None:
         """End a request; a result that was kept for it is nobody's any more."""
         self._driver.endpoint.taken(number)
+        self._forget_error(number)
         kept = self._results.pop(number, None)
-        if isinstance(kept, Delivery):
+        if kept is not None:
             self._driver.discard(kept)
+
+    def _forget_error(self, number: int) -> AiommError | None:
+        self._unasked_errors.pop(number, None)
+        return self._errors.pop(number, None)
 
     def _awaited(self) -> Iterable[int]:
         """Return the requests that somebody waits for."""
@@ -446,7 +467,7 @@ class Receiver(Lifecycle):
 
     def _untaken(self) -> Iterator[Delivery]:
         """Return what has arrived and nobody has asked for yet."""
-        return (each for each in self._results.values() if isinstance(each, Delivery))
+        return iter(self._results.values())
 
     async def _receive(
         self, request: str | Ticket | bytes, source: str | None, timeout: SupportsFloat | None
@@ -454,7 +475,7 @@ class Receiver(Lifecycle):
         await self.start()
         self._driver.check_open()
         number = self._begin(request, source, seconds_of(timeout, self.settings.timeout))
-        if number in self._results:
+        if number in self._results or number in self._errors:
             return self._take(number)
         if number in self._waiting:
             raise Rejected(f"request {request!r} is being received already")
@@ -483,11 +504,11 @@ class Receiver(Lifecycle):
         )
 
     def _take(self, number: int) -> Lease:
-        result = self._results.pop(number)
         self._driver.endpoint.taken(number)
-        if isinstance(result, AiommError):
-            raise result
-        return Lease(self._driver, result)
+        error = self._forget_error(number)
+        if error is not None:
+            raise error
+        return Lease(self._driver, self._results.pop(number))
 
     def _give_up(self, number: int, future: asyncio.Future[Delivery]) -> None:
         driver = self._driver

@@ -467,6 +467,16 @@ class Sender(Lifecycle):
         self._offers[request_id] = (offered, expiry)
         return offered
 
+    def metrics(self) -> dict[str, int]:
+        """Return figures of this moment: transfers, offers, links, what was ignored."""
+        endpoint = self._driver.endpoint
+        return {
+            "transfers_open": endpoint.num_live,
+            "transfers_waiting_for_a_receiver": endpoint.num_waiting,
+            "offers": len(self._offers),
+            **self._driver.metrics_of_links(),
+        }
+
     def _withdraw(self, request_id: str, offered: OfferedTicket) -> None:
         standing = self._offers.get(request_id)
         if standing is not None and standing[0] is offered:

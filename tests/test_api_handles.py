@@ -434,8 +434,8 @@ async def test_a_failure_that_nobody_asked_for_is_told_once() -> None:
         transfer = sender.claim(receiver.expect("c", timeout=0.5))
         (await granted(transfer)).cancel("no")
         assert (await told.get())[0] == "c"
-        if receiver._results:
-            await until(lambda: not receiver._results, receiver, "_drop")
+        if receiver._errors:
+            await until(lambda: not receiver._errors, receiver, "_drop")
         await asyncio.sleep(0)
         assert told.empty()
         assert_idle(receiver, sender)
@@ -488,6 +488,23 @@ async def test_what_this_side_gives_up_is_told_like_the_rest() -> None:
         assert [name for name, _ in failures] == ["a", "b", "c"]
         assert [type(error) for _, error in failures] == [Cancelled, PoolClosed, PoolClosed]
         assert told.empty()
+
+
+async def test_the_metrics_of_a_sender() -> None:
+    """Under the same names from the beginning, like those of a receiver."""
+    async with pair() as (receiver, sender):
+        before, names = sender.metrics(), receiver.metrics().keys()
+        assert set(before.values()) == {0}
+        assert "ignored_violations" in before.keys() & names
+        waiting = sender.claim("nobody asks for it")
+        granted_one = await granted(sender.claim(receiver.expect("request")))
+        metrics = sender.metrics()
+        assert metrics.keys() == before.keys()
+        assert (metrics["transfers_open"], metrics["transfers_waiting_for_a_receiver"]) == (2, 1)
+        assert metrics["peers"] == receiver.metrics()["peers"] == 1
+        for each in (waiting, granted_one):
+            each.cancel()
+        assert receiver.metrics().keys() == names
 
 
 async def test_results_that_nobody_took_end_with_the_close() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from aiomm import Field, Receiver, Rejected, Schema, Sender
+from aiomm import Cancelled, Field, Receiver, Rejected, Schema, Sender
 from aiomm.planes.memory import Faults
 
 from .support import (
@@ -215,6 +215,28 @@ async def test_too_many_open_requests() -> None:
         (await receiver.receive("a")).release()
         await sender.send("d", tensors_of(1), to=receiver.address)
         (await receiver.receive("d")).release()
+
+
+async def test_transfers_that_fail_unasked_keep_nobody_out() -> None:
+    """However many a sender gives up; what failed last can still be asked for."""
+    async with pair(max_waiting=8) as (receiver, sender):
+        for index in range(20):
+            (await granted(sender.claim(f"r{index}", to=receiver.address))).cancel("no")
+        await sender.send("good", tensors_of(1), to=receiver.address)
+        (await receiver.receive("good")).release()
+        for name in ("r18", "r19"):
+            assert isinstance(await error_of(receiver.receive(name)), Cancelled)
+        assert_idle(receiver, sender)
+
+
+async def test_transfers_that_fail_as_expected_are_all_told() -> None:
+    """Whoever has expected them may ask for each of them, late as it may be."""
+    async with pair(max_waiting=8) as (receiver, sender):
+        for index in range(8):
+            (await granted(sender.claim(receiver.expect(f"r{index}")))).cancel("no")
+        for index in range(8):
+            assert isinstance(await error_of(receiver.receive(f"r{index}")), Cancelled)
+        assert_idle(receiver, sender)
 
 
 async def test_thousands_of_transfers_in_one_turn() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from aiomm._driver.exports import Exports
 from aiomm.buffers.arena import HostArena
@@ -52,6 +53,9 @@ def test_of_a_request_that_goes_on_only_older_grants_are_withdrawn() -> None:
     assert exports.revoke(5)
     assert export.withdrawn == grants
     assert exports._grants == {}
+    exports.permit(6, grants[0], (Extent(0, 8),))
+    assert exports.revoke(6, before=1)  # all of them: it waits for blocks, and may end so
+    assert exports._grants == {}
 
 
 def over_two_planes() -> Exports:
@@ -89,13 +93,26 @@ def test_of_a_link_that_is_gone_nothing_is_kept() -> None:
     assert exports._planes_of_link == {}
 
 
+class Reading(Unproven):
+    """A write that this side itself still reads."""
+
+    def __init__(self, reading: asyncio.Future[None]) -> None:
+        super().__init__()
+        self.reading = reading
+
+    def landing(self, grant: GrantKey) -> list[asyncio.Future[Any]]:
+        return [self.reading]
+
+
 async def test_what_this_side_puts_into_blocks_is_landing_until_it_is_there() -> None:
     """Of that request, and then nothing is kept of it."""
     exports, upload = (
         Exports(LAYOUT, lambda link, notes: None),
         asyncio.get_running_loop().create_future(),
     )
-    exports.note_upload(5, upload)
+    exports._exports["test"] = Reading(upload)
+    exports.permit(5, GrantKey(1, 7, 0), (Extent(0, 8),))
+    assert exports.revoke(5)
     assert exports.landing(5) == [upload]
     assert exports.landing(6) == []
     upload.set_result(None)

@@ -144,6 +144,14 @@ class Driver(ABC, Generic[_Endpoint]):
             logger.info("! %s has no same-host stream: %s", self.name, exc)
             self.stream = None
 
+    def metrics_of_links(self) -> dict[str, int]:
+        """Return what `metrics()` tells of either kind of endpoint."""
+        counters = self.endpoint.counters.items()
+        return {
+            "peers": self.endpoint.num_links,
+            **{f"ignored_{name}": count for name, count in counters},
+        }
+
     def check_startable(self) -> None:
         """Raise PoolClosed if this endpoint has tried to start and could not."""
         task = self._starting

@@ -131,7 +131,9 @@ class Exports:
         proven = True
         grants = self._grants.pop(number, [])
         if before is not None:
-            self._grants[number] = [grant for grant in grants if grant.sequence >= before]
+            kept = [grant for grant in grants if grant.sequence >= before]
+            if kept:
+                self._grants[number] = kept
             grants = [grant for grant in grants if grant.sequence < before]
         for grant in grants:
             used = self._planes_of_link.get(grant.link, self._exports)
@@ -139,13 +141,13 @@ class Exports:
                 if export.revoke(grant) or name not in used:
                     continue
                 landing = export.landing(grant)
-                if landing:
-                    self._landing.setdefault(number, []).extend(landing)
-                else:
+                for into_blocks in landing:
+                    self.note_landing(number, into_blocks)
+                if not landing:
                     proven = False
         return proven
 
-    def note_upload(self, number: int, into_blocks: asyncio.Future[Any]) -> None:
+    def note_landing(self, number: int, into_blocks: asyncio.Future[Any]) -> None:
         """Note that this side itself is putting something into the blocks of a request."""
         self._landing.setdefault(number, []).append(into_blocks)
         into_blocks.add_done_callback(lambda _: self.landing(number))

@@ -481,7 +481,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             return
         upload = partial(self.memory.upload, source, extents)
         uploading = self._copies.start([upload])
-        self._exports.note_upload(number, uploading)
+        self._exports.note_landing(number, uploading)
         await asyncio.shield(uploading)  # it is over when its thread says so
 
     # Copies out of the pool.

@@ -198,6 +198,7 @@ class SendDriver(Driver[SendEndpoint]):
         def probe(plane: str, nonce: bytes) -> asyncio.Future[bool]:
             answer: asyncio.Future[bool] = self.loop.create_future()
             self._probes[peer, plane] = answer
+            answer.add_done_callback(partial(self._probed, (peer, plane)))
             self.endpoint.probe(peer, plane, nonce)
             self.pump()
             return answer
@@ -211,6 +212,10 @@ class SendDriver(Driver[SendEndpoint]):
         task.add_done_callback(partial(self._searched, key))
         self._routes[key] = task
         return task
+
+    def _probed(self, key: tuple[int, str], answer: asyncio.Future[bool]) -> None:
+        if self._probes.get(key) is answer:  # cancelled, perhaps when the peer was gone already
+            del self._probes[key]
 
     def _searched(self, key: _RouteKey, task: asyncio.Task[Route]) -> None:
         is_found = not task.cancelled() and task.exception() is None

@@ -21,6 +21,11 @@ from .session import NEVER, Contact, Path, Session, Timing
 
 __all__ = ["Contacting", "Endpoint"]
 
+IGNORED = (
+    *("malformed", "violations", "unexpected", "of_no_transfer"),
+    *("of_no_session", "of_another_life", "of_an_ended_life"),
+)
+"""The kinds of packets and frames that are counted instead of obeyed."""
 MAX_REFUSED_PATHS = 1024
 MAX_ENDED_LIVES = 4096
 MIN_DEADLINES = 1024
@@ -51,7 +56,7 @@ class Endpoint(ABC):
         self.epoch = epoch
         self.sessions: dict[int, Session] = {}
         """By the peer's epoch. A lost peer keeps its session: it may come back."""
-        self.counters: Counter[str] = Counter()
+        self.counters = Counter(dict.fromkeys(IGNORED, 0))
         """What was ignored, and why."""
         self._timing = timing
         self._max_peers = max_peers
@@ -59,6 +64,8 @@ class Endpoint(ABC):
         """The sessions that may use each path: mostly one."""
         self._contacts: dict[Path, Contact] = {}
         """First contacts that wait for the peer's Hello."""
+        self._contacts_at = NEVER
+        """When to look at them, at the latest."""
         self._ended: dict[int, None] = {}
         """Lives that are over: a late packet must not begin them again. Oldest first."""
         self._refused: set[Path] = set()
@@ -82,6 +89,7 @@ class Endpoint(ABC):
         elif self._session_at(path, life) is None:
             hello = self._hello(0)
             self._contacts[path] = Contact(self.epoch, hello, now, self._timing, until)
+            self._contacts_at = now
 
     def packet_received(self, path: Path, encoded: bytes, now: float) -> None:
         """Take one packet from `path`.
@@ -165,9 +173,10 @@ class Endpoint(ABC):
             if not self._deadlines or self._deadlines[0][0] > now:
                 break
             self._expired(heapq.heappop(self._deadlines)[1], now)
-        for path in [path for path, contact in self._contacts.items() if contact.until <= now]:
-            del self._contacts[path]
-            self._do([Leave(path)])
+        if self._contacts_at <= now:
+            for path in [path for path, each in self._contacts.items() if each.until <= now]:
+                del self._contacts[path]
+                self._do([Leave(path)])
         for session in self._agenda.due(now):
             if session.is_silent(now):
                 self._lose(session, Failure(Reason.PEER_LOST, session.silence), now)
@@ -176,7 +185,7 @@ class Endpoint(ABC):
 
     def commands(self, now: float) -> list[Command]:
         """Return what has to be done now, in order. After every input, ask until it is empty."""
-        if not (self._commands or self._contacts or self._agenda.changed):
+        if not (self._commands or self._contacts_at <= now or self._agenda.changed):
             return []
         commands = self._next_batch()
         if self._commands:
@@ -186,17 +195,22 @@ class Endpoint(ABC):
                 path = session.paths[0]
                 commands += [Transmit(path, packet) for packet in session.packets(now)]
                 self._agenda.schedule(session, session.next_deadline())
-        for path, contact in self._contacts.items():
-            commands += [Transmit(path, packet) for packet in contact.packets(now)]
+        if self._contacts_at <= now:
+            for path, contact in self._contacts.items():
+                commands += [Transmit(path, packet) for packet in contact.packets(now)]
+            deadlines = (contact.next_deadline() for contact in self._contacts.values())
+            self._contacts_at = min(deadlines, default=NEVER)
         return commands
 
     def next_deadline(self) -> float:
         """Return when :meth:`timer` and :meth:`commands` have to be called again."""
         earliest = self._deadlines[0][0] if self._deadlines else NEVER
-        if self._contacts:
-            contacts = self._contacts.values()
-            earliest = min(earliest, *(contact.next_deadline() for contact in contacts))
-        return min(earliest, self._agenda.next_deadline())
+        return min(earliest, self._contacts_at, self._agenda.next_deadline())
+
+    @property
+    def num_links(self) -> int:
+        """Links that stand: sessions whose peer is not lost."""
+        return sum(not session.is_lost for session in self.sessions.values())
 
     # What the two kinds of endpoint add.
 

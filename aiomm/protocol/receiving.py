@@ -62,6 +62,8 @@ class _Request:
     """Epoch of the sender it is tied to."""
     is_open: bool = True
     """Somebody may still ask for the result."""
+    is_unasked: bool = False
+    """A sender has offered it, and nobody here had spoken of it."""
 
     @property
     def unclaimed(self) -> str:
@@ -281,6 +283,11 @@ class ReceiveEndpoint(Endpoint):
         request = self._requests.get(number)
         return request is not None and request.is_open
 
+    def is_unasked(self, number: int) -> bool:
+        """Whether a sender has begun the request, and nobody here knew of it."""
+        request = self._requests.get(number)
+        return request is not None and request.is_unasked
+
     def is_live(self, number: int) -> bool:
         """Whether the request has not ended yet."""
         request = self._requests.get(number)
@@ -456,6 +463,7 @@ class ReceiveEndpoint(Endpoint):
             request = self._match(session, offer)
             if request is None and failure is None:
                 request = self._add(transfer.request_id, self._default_timeout, now)
+                request.is_unasked = True
         except Rejected as exc:
             failure = Failure(Reason.BUSY if exc.retryable else Reason.REJECTED, exc.message)
         if failure is not None:

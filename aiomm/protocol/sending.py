@@ -128,7 +128,7 @@ class SendEndpoint(Endpoint):
             ValueError: the request id, the timeout or the metadata is out of bounds.
         """
         frames.check_request(request_id, timeout, b"" if ready is None else ready.metadata)
-        if len(self._waiting) + len(self._regrets) >= self._max_waiting:
+        if len(self._waiting) >= self._max_waiting:
             message = f"{self._max_waiting} transfers wait for a receiver: max_waiting"
             raise Rejected(message, retryable=True)
         opened = self._new(request_id, timeout, now)
@@ -164,6 +164,8 @@ class SendEndpoint(Endpoint):
         self._feed(generation, events.Failed(failure), now)
         if opened is not None and not opened.is_unaddressed:
             self._regrets[generation] = opened
+            if len(self._regrets) > self._max_waiting:  # that receiver learns it by its deadline
+                del self._regrets[next(iter(self._regrets))]
 
     def offer(
         self, request_id: str, key: bytes, total: int, metadata: bytes, timeout: float
@@ -220,6 +222,11 @@ class SendEndpoint(Endpoint):
     def num_live(self) -> int:
         """Transfers that are not settled: running, or with a write that is not yet drained."""
         return len(self._opened)
+
+    @property
+    def num_waiting(self) -> int:
+        """Transfers that no receiver was offered yet."""
+        return len(self._waiting)
 
     def has(self, generation: int) -> bool:
         """Whether the transfer is not settled yet."""

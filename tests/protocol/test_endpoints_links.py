@@ -7,7 +7,7 @@ import pytest
 from aiomm.errors import Reason
 from aiomm.protocol import frames
 from aiomm.protocol.frames import Goodbye, Packet
-from aiomm.protocol.session import Path
+from aiomm.protocol.session import Contact, Path
 from aiomm.types import TransferId
 
 from .pairs import KEY, Pair, message, reason
@@ -49,6 +49,44 @@ class TestFirstContact:
         (there,) = pair.receiver.endpoint.sessions.values()
         assert here.peer_hello.link == there.hello.link > 0
         assert pair.sender.greeted == [pair.receiver.epoch]
+
+    def test_who_does_not_answer_is_looked_at_when_it_is_due(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And not with every packet of somebody else's: there may be hundreds."""
+        pair = Pair()
+        pair.meet()
+        for number in range(3):
+            pair.sender.endpoint.contact(pair.sender.path_to(f"nobody-{number}"), pair.now)
+        pair.sender.pump()
+        looked_at: list[float] = []
+        original = Contact.packets
+
+        def packets(self: Contact, now: float) -> list[bytes]:
+            looked_at.append(now)
+            return original(self, now)
+
+        monkeypatch.setattr(Contact, "packets", packets)
+        pair.expect()
+        pair.claim()
+        pair.wait(0.1)
+        assert looked_at == []
+        pair.wait(0.2)
+        assert len(looked_at) >= 3
+
+    def test_a_contact_goes_on_at_another_path(self) -> None:
+        """Whoever waits for it, and for as long; at the old one nobody is waited for any more."""
+        pair = Pair()
+        generation = pair.open("request", to="gone", timeout=5.0)
+        endpoint, old = pair.sender.endpoint, pair.sender.path_to("gone")
+        assert endpoint.says_hello(old)
+        endpoint.redirect(old, pair.sender.path_to("receiver"), pair.now)
+        endpoint.path_lost(old, "it is gone", pair.now)
+        pair.sender.pump()
+        number = pair.receive("request")
+        pair.wait()
+        assert pair.sender.outcomes[generation] is None
+        assert pair.receiver.outcomes[number] is None
 
     def test_who_is_never_there_is_left_when_nobody_waits_any_more(self) -> None:
         """The last one counts; whoever comes later makes contact anew."""

@@ -118,16 +118,15 @@ class TestLimits:
             sender.endpoint.open("b", timeout=1.0, now=0.0)
         assert caught.value.retryable
 
-    def test_transfers_given_up_before_the_first_contact_count_as_well(self) -> None:
-        """Whoever opens and gives up, again and again, does not fill the memory."""
+    def test_transfers_given_up_before_the_first_contact_keep_nobody_out(self) -> None:
+        """Whoever opens and gives up, again and again, does not fill the memory either."""
         pair = Pair()
-        sender = Sending(pair.world, "other", max_waiting=1)
+        sender = Sending(pair.world, "other", max_waiting=2)
         path = sender.path_to("nobody")
-        core = sender.endpoint.open("a", timeout=1.0, now=0.0, path=path)
-        sender.endpoint.fail(core.id.generation, GIVEN_UP, 0.0)
-        with pytest.raises(Rejected) as caught:
-            sender.endpoint.open("b", timeout=1.0, now=0.0)
-        assert caught.value.retryable
+        for name in "abcd":
+            core = sender.endpoint.open(name, timeout=1.0, now=0.0, path=path)
+            sender.endpoint.fail(core.id.generation, GIVEN_UP, 0.0)
+        assert list(sender.endpoint._regrets) == [3, 4]
 
     def test_too_many_receivers_wait_for_a_sender(self) -> None:
         """The next one is busy."""
