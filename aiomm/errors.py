@@ -1,6 +1,6 @@
 """Every error that aiomm raises on purpose; the README draws the tree.
 
-Each class says what has happened, and its `retryable` whether the same call may succeed later.
+Each class says what has happened, and its `retryable` whether to try again.
 Across the wire an error is a :class:`Failure`: a :class:`Reason` and a sentence.
 :func:`error_from` is the one place where it becomes an exception again.
 """
@@ -57,7 +57,7 @@ class AiommError(Exception):
 
     reason: ClassVar[Reason] = Reason.PROTOCOL
     retryable: bool = False
-    """Whether the same call may succeed later without any change."""
+    """Whether it may succeed when it is tried again: with a new ticket, where there was one."""
 
     def __init__(self, message: str, *, story: tuple[str, ...] = ()) -> None:
         super().__init__(message)

@@ -314,6 +314,7 @@ class Receiver(Lifecycle):
             Rejected: the request id is in use, or (retryable) too many requests are open.
             ValueError: the request id or the timeout is out of bounds.
             PoolClosed: the receiver is closed, or could not start.
+            RuntimeError: it belongs to another event loop or thread.
         """
         driver = self._driver
         starting = driver.ensure_started()
@@ -366,6 +367,7 @@ class Receiver(Lifecycle):
             reason: a sentence or an exception, which both sides are told.
         """
         driver = self._driver
+        driver.check_loop()
         for number in driver.endpoint.numbers_of(request_id):
             driver.endpoint.fail(number, Failure(Reason.CANCELLED, str(reason)), driver.now())
             if number not in self._waiting:

@@ -45,6 +45,7 @@ class Transfer:
     """
 
     def __init__(self, sender: Sender, request_id: str, announced: int | None = None) -> None:
+        sender._driver.check_loop()
         self._sender = sender
         self._announced = announced
         self._loop = asyncio.get_running_loop()
@@ -100,6 +101,7 @@ class Transfer:
         """
         if self._tensors is not None:
             raise Rejected(f"the tensors of {self.request_id!r} were given before")
+        self._sender._driver.check_loop()
         encoded = _encode_metadata(metadata)
         rows = rows_of(self._sender.schema, tensors, stream=stream_of(stream))
         num_tokens = _num_tokens(rows)
@@ -116,6 +118,7 @@ class Transfer:
         Args:
             reason: a sentence or an exception, which both sides are told.
         """
+        self._sender._driver.check_loop()
         failure = Failure(Reason.CANCELLED, str(reason))
         if self._core is None:
             self._cancelled_with = failure
@@ -169,7 +172,9 @@ class Transfer:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if exc is not None:
+        if isinstance(exc, asyncio.CancelledError):
+            self.cancel("the encoder was cancelled")
+        elif exc is not None:
             self.cancel(f"the encoder raised {type(exc).__name__}: {exc}")
         elif self._tensors is None:
             self.cancel("the encoder gave no tensors")
@@ -361,9 +366,11 @@ class Sender(Lifecycle):
         Raises:
             ProtocolError: this is no ticket.
             ValueError: `num_tokens` is out of bounds.
-            Rejected: it is the ticket of an offer, or comes with an address, or (retryable) too
-                many transfers wait.
+            Rejected: it is the ticket of an offer, or comes with an address.
             PoolClosed: the sender is closed.
+            RuntimeError: it belongs to another event loop or thread.
+
+        All else is raised where the transfer is awaited.
         """
         request_id, known = request_of(ticket, to)
         if known is not None and known.kind != "expect":

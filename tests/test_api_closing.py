@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from aiomm import PoolClosed, Receiver, Rejected, Sender, State
+from aiomm import PeerLost, PoolClosed, Receiver, Sender, State
 from aiomm.planes.memory import Faults
 
 from .support import (
@@ -155,7 +155,7 @@ async def test_a_peer_that_has_closed() -> None:
             claimed = await granted(sender.claim(receiver.expect("claimed")))
         assert isinstance(await error_of(claimed), PoolClosed)
         assert claimed.state is State.FAILED
-        with pytest.raises(Rejected, match="the ticket is void: its receiver is gone"):
+        with pytest.raises(PeerLost, match="the ticket is void: its receiver is gone"):
             await sender.send(ticket, tensors_of(1))
 
 

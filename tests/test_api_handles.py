@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -488,6 +488,50 @@ async def test_what_this_side_gives_up_is_told_like_the_rest() -> None:
         assert [name for name, _ in failures] == ["a", "b", "c"]
         assert [type(error) for _, error in failures] == [Cancelled, PoolClosed, PoolClosed]
         assert told.empty()
+
+
+async def test_an_endpoint_is_called_on_its_own_loop() -> None:
+    """Elsewhere it raises, instead of arming timers that wake nobody; nothing has happened then."""
+    async with pair() as (receiver, sender):
+        ticket = receiver.expect("r")
+        transfer = sender.claim(ticket)
+        calls: list[Callable[[], object]] = [
+            lambda: receiver.expect("other"),
+            lambda: receiver.cancel("r"),
+            lambda: sender.claim(ticket),
+            lambda: transfer.send(tensors_of(3)),
+            transfer.cancel,
+        ]
+        for call in calls:
+            with pytest.raises(RuntimeError, match="belongs to another event loop"):
+                await asyncio.to_thread(call)
+            with pytest.raises(RuntimeError, match="belongs to another event loop"):
+                await asyncio.to_thread(asyncio.run, _called(call))
+        await transfer.send(tensors_of(3))
+        (await receiver.receive("r")).release()
+        assert_idle(receiver, sender)
+
+
+async def _called(call: Callable[[], object]) -> None:
+    call()
+
+
+async def test_an_encoder_that_is_cancelled_in_the_middle() -> None:
+    """The receiver is told so, and at once."""
+    async with pair() as (receiver, sender):
+        is_claimed = asyncio.Event()
+
+        async def encode() -> None:
+            with sender.claim(receiver.expect("r")):
+                is_claimed.set()
+                await asyncio.Event().wait()
+
+        encoding = asyncio.ensure_future(encode())
+        await is_claimed.wait()
+        encoding.cancel()
+        error = await error_of(receiver.receive("r"))
+        assert isinstance(error, Cancelled)
+        assert error.message == "the encoder was cancelled"
 
 
 async def test_the_metrics_of_a_sender() -> None:

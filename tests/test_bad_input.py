@@ -21,6 +21,7 @@ from aiomm import (
     Cancelled,
     Field,
     IncompatibleSchema,
+    PeerLost,
     PlaneUnavailable,
     ProtocolError,
     Receiver,
@@ -162,19 +163,30 @@ def altered(ticket: Ticket, **changes: Any) -> Ticket:
     [
         (lambda t: altered(t, request_id="other"), "'other' is unknown"),
         (lambda t: altered(t, key=bytes(16)), "the ticket for request 'r' is not the current one"),
-        (lambda t: altered(t, epoch=t.epoch - 1), "the ticket is void: its receiver"),
     ],
 )
 async def test_a_ticket_that_is_not_the_receivers(
     alter: Callable[[Ticket], Ticket], told: str
 ) -> None:
-    """Unknown request, wrong key, another life: Rejected; the right ticket still works."""
+    """Unknown request, wrong key: Rejected; the right ticket still works."""
     async with healthy() as (receiver, _), Sender(SCHEMA) as sender:
         ticket = receiver.expect("r")
         error = await error_of(sender.send(alter(ticket), tensors_of(2)))
         assert isinstance(error, Rejected)
         assert not error.retryable
         assert told in error.message
+        await sender.send(ticket, tensors_of(2))
+        (await receiver.receive("r")).release()
+
+
+async def test_a_ticket_of_another_life() -> None:
+    """Who issued it is gone, whoever is at the address: PeerLost, as if that had just happened."""
+    async with healthy() as (receiver, _), Sender(SCHEMA) as sender:
+        ticket = receiver.expect("r")
+        other = altered(ticket, epoch=ticket.epoch - 1)
+        error = await error_of(sender.send(other, tensors_of(2)))
+        assert isinstance(error, PeerLost)
+        assert error.message == "the ticket is void: its receiver has been restarted since"
         await sender.send(ticket, tensors_of(2))
         (await receiver.receive("r")).release()
 

@@ -17,6 +17,7 @@ from aiomm import (
     IncompatibleSchema,
     Lease,
     OfferedTicket,
+    PeerLost,
     PoolClosed,
     Receiver,
     Rejected,
@@ -191,7 +192,7 @@ async def test_the_handle_ends_with_its_sender(is_redeemed: bool) -> None:
         await closing
         assert await offered == 0
         await parting
-        with pytest.raises(Rejected, match="the ticket is void: its sender is gone"):
+        with pytest.raises(PeerLost, match="the ticket is void: its sender is gone"):
             await receiver.receive(offered.ticket)
         assert_idle(receiver, sender)
 
@@ -204,7 +205,7 @@ async def test_a_ticket_of_an_earlier_life() -> None:
             address = first.address
         async with Sender(SCHEMA, bind=address) as second:
             second.offer("r", tensors_of(5))
-            with pytest.raises(Rejected, match="the ticket is void: its sender"):
+            with pytest.raises(PeerLost, match="the ticket is void: its sender"):
                 await receiver.receive(offered.ticket)
 
 

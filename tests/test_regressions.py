@@ -332,7 +332,7 @@ async def test_25_an_old_message_reaches_no_new_request() -> None:
             deliver(address, encode(Packet(1, 77, epoch, 1, 0, written)))
             await until(lambda: new.metrics().get("ignored_of_another_life", 0) > 0, "ignored")
             sender.tell("send", ticket=late.to_json(), seed=1, num_tokens=10)
-            assert (await sender.hear("ended"))["error"] == "Rejected"
+            assert (await sender.hear("ended"))["error"] == "PeerLost"
             sender.tell("send", ticket=ticket.to_json(), seed=2, num_tokens=10)
             assert await received(new, "r") == pattern(2, 10)
 

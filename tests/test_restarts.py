@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aiomm import Receiver, Rejected, Sender
+from aiomm import PeerLost, Receiver, Sender
 
 from .support import (
     ANYWHERE,
@@ -89,7 +89,7 @@ async def test_a_ticket_of_a_life_that_is_over(control: Any) -> None:
         with life(language_process, address, control) as (_, ticket):
             for _ in range(3):
                 error = await error_of(sender.send(old, tensors_of(100)))
-                assert isinstance(error, Rejected)
+                assert isinstance(error, PeerLost)
                 assert "restarted since" in error.message
             await sender.send(ticket, tensors_of(100))
 

@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from collections.abc import Set as AbstractSet
+from threading import get_ident
 from typing import Any, ClassVar, Final, Generic, TypeVar, assert_never
 
 from ..config import EndpointSettings
@@ -100,8 +101,9 @@ class Driver(ABC, Generic[_Endpoint]):
     def ensure_started(self) -> asyncio.Task[None]:
         """Begin to start, once, on the running loop; return the task that does it."""
         self.check_open()
+        self.check_loop()
         if self._starting is None:
-            self.loop = asyncio.get_running_loop()
+            self.loop, self._thread = asyncio.get_running_loop(), get_ident()
             self._starting = self.loop.create_task(self._start(), name=f"{self.name} start")
         return self._starting
 
@@ -157,6 +159,20 @@ class Driver(ABC, Generic[_Endpoint]):
         task = self._starting
         if task is not None and task.done() and not self.is_started:
             raise PoolClosed(f"{self.name} could not start: {_cause(task)}")
+
+    def check_loop(self) -> None:
+        """Raise RuntimeError on another thread, or in another loop, than those of the start."""
+        if self._starting is None:
+            return
+        try:
+            is_here = asyncio.get_running_loop() is self.loop
+        except RuntimeError:  # no loop runs: between two runs of the one it belongs to, perhaps
+            is_here = get_ident() == self._thread
+        if not is_here:
+            raise RuntimeError(
+                f"{self.name} belongs to another event loop: call it there, "
+                "by call_soon_threadsafe or asyncio.run_coroutine_threadsafe"
+            )
 
     def check_open(self) -> None:
         """Raise PoolClosed if this endpoint is closed or closing."""

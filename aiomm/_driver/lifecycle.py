@@ -23,6 +23,8 @@ class Lifecycle:
     async def start(self) -> None:
         """Make what is needed (a receiver: its pool) and bind; again is harmless.
 
+        One that could not start stays so: make a new one.
+
         Raises:
             OSError: the address cannot be bound.
             PlaneUnavailable: no plane can be used, or there is no memory for the pool.

@@ -21,8 +21,8 @@ from .running import Exit, fail, finish
 __all__ = ["app"]
 
 EXIT_CODES = (
-    "Exit codes: 0 all is well; 1 a transfer failed; 2 the command line or a file is not usable; "
-    "130 interrupted by Ctrl-C."
+    "Exit codes: 0 all is well; 1 a transfer failed; 2 the command line, or a file, address or "
+    "plane in it, is not usable; 130 interrupted by Ctrl-C."
 )
 app = typer.Typer(
     name="aiomm",

@@ -109,7 +109,10 @@ def parse_address(address: str) -> Address:
 
     Raises:
         ValueError: it is neither `tcp://host:port` nor `ipc://path`.
+        TypeError: it is no string.
     """
+    if not isinstance(address, str):
+        raise TypeError(f"an address is a string, not {address!r}")
     scheme, separator, rest = address.partition("://")
     if separator and scheme == "tcp":
         return _parse_tcp(address, rest)

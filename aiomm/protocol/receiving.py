@@ -141,7 +141,9 @@ class ReceiveEndpoint(Endpoint):
             ValueError: the request id or the timeout is out of bounds.
         """
         if request_id in self._by_request_id:
-            raise Rejected(f"the request id {request_id!r} is in use")
+            raise Rejected(
+                f"the request id {request_id!r} is in use: take its result, or cancel it"
+            )
         return self._add(request_id, timeout, now, key=key, reserve=True).transfer.number
 
     def receive(self, request_id: str, timeout: float, now: float) -> int:
@@ -178,7 +180,7 @@ class ReceiveEndpoint(Endpoint):
         self._unasked[request.transfer.number] = request
         session = self.sessions.get(life) if path is None else self._session_at(path, life)
         if self.has_ended(life):
-            gone = Failure(Reason.REJECTED, "the ticket is void: its sender is gone")
+            gone = Failure(Reason.PEER_LOST, "the ticket is void: its sender is gone")
             self._feed(request.transfer.number, events.Failed(gone), now)
         elif session is not None:
             self._ask(request, session, now)
@@ -436,7 +438,7 @@ class ReceiveEndpoint(Endpoint):
             self._feed(number, events.Failed(Failure(Reason.PEER_LOST, message)), now)
         elif request.life and request.life != session.peer_epoch:
             message = "the ticket is void: its sender has been restarted since"
-            self._feed(number, events.Failed(Failure(Reason.REJECTED, message)), now)
+            self._feed(number, events.Failed(Failure(Reason.PEER_LOST, message)), now)
         elif session.peer_hello.role != "sender":
             message = f"the peer {name!r} is no sender"
             self._feed(number, events.Failed(Failure(Reason.REJECTED, message)), now)

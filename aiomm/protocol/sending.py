@@ -137,7 +137,7 @@ class SendEndpoint(Endpoint):
             self._apply(opened, opened.transfer.handle(ready, now))
         self._waiting[opened.transfer.id.generation] = opened
         if self.has_ended(life):
-            gone = Failure(Reason.REJECTED, "the ticket is void: its receiver is gone")
+            gone = Failure(Reason.PEER_LOST, "the ticket is void: its receiver is gone")
             self._feed(opened.transfer.id.generation, events.Failed(gone), now)
         elif opened.is_unaddressed:
             self._find_receiver(opened, now)
@@ -383,7 +383,7 @@ class SendEndpoint(Endpoint):
             return Failure(Reason.PEER_LOST, f"receiver {name!r} cannot be reached any more")
         if opened.life and opened.life != session.peer_epoch:
             return Failure(
-                Reason.REJECTED, "the ticket is void: its receiver has been restarted since"
+                Reason.PEER_LOST, "the ticket is void: its receiver has been restarted since"
             )
         if session.peer_hello.role != "receiver":
             return Failure(Reason.REJECTED, f"the peer {name!r} is no receiver")
