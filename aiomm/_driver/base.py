@@ -210,13 +210,15 @@ class Driver(ABC, Generic[_Endpoint]):
         """Fail what runs, wait until nothing can land any more, and say goodbye."""
         closed = Failure(Reason.CLOSED, f"{self.name} was closed")
         await self._abandon(closed)
+        left = "writes that have not drained"
         try:
             async with asyncio.timeout(self.settings.close_timeout):
                 await self.drain()
+                left = "a peer that does not take what it is told"
                 while self.endpoint.holds_back():  # a goodbye behind so much would not get through
                     await self.next_pump()
         except TimeoutError:
-            logger.warning("! %s closes with writes that have not drained", self.name)
+            logger.warning("! %s closes with %s", self.name, left)
         if self.has_drained():  # else a goodbye would have the peer give the blocks to others
             self.endpoint.say_goodbye(closed)
             self.pump()
