@@ -10,7 +10,6 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Generator,
-    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -24,14 +23,15 @@ import msgspec
 
 from ._driver.lifecycle import Lifecycle
 from ._driver.place import place_of
-from ._driver.receiving import Delivery, ReceiveDriver, Waiter
+from ._driver.receiving import ReceiveDriver
+from ._driver.results import Delivery, OnFailure
 from .arguments import request_id_of, request_of, seconds_of
 from .buffers.arrays import Array
 from .buffers.cuda import CudaArena
 from .buffers.device_rows import stream_of
 from .config import ReceiverSettings, settings_from
 from .control.address import TcpAddress, parse_address
-from .errors import AiommError, Failure, PoolClosed, ProtocolError, Reason, Rejected
+from .errors import Failure, PoolClosed, ProtocolError, Reason, Rejected
 from .gpu.choice import device_ordinal
 from .gpu.lanes import Mark
 from .gpu.runtime import GpuError
@@ -42,10 +42,6 @@ from .types import Schema, Ticket, TransferStats
 __all__ = ["Lease", "Receiver", "Reception"]
 
 logger = logging.getLogger("aiomm.receiver")
-
-UNASKED_ERRORS = 4
-"""Failures of what senders began unasked have at most this part (1/4) of the places for requests:
-a sender that fails again and again must not keep the others out."""
 
 
 class Lease(Mapping[str, Array]):
@@ -251,7 +247,7 @@ class Receiver(Lifecycle):
         connect: str | Sequence[str] = (),
         device: str = "cpu",
         planes: str | Plane | Sequence[str | Plane] = "auto",
-        on_failure: Callable[[str, AiommError], object] | None = None,
+        on_failure: OnFailure | None = None,
         **settings: Any,
     ) -> None:
         if device != "cpu":
@@ -267,20 +263,11 @@ class Receiver(Lifecycle):
             self.settings.name or f"receiver-{os.getpid()}",
             device=device,
             takes_any=bool(contacts),
-            waiter=Waiter(self._ended, self._failed, self._awaited, self._untaken),
+            on_failure=on_failure,
         )
         for address in contacts:
             self._driver.channel.check(address)
         self._driver.standing_contacts = contacts
-        self._on_failure = on_failure
-        self._waiting: dict[int, asyncio.Future[Delivery]] = {}
-        self._results: dict[int, Delivery] = {}
-        """What has arrived and nobody has asked for yet."""
-        self._errors: dict[int, AiommError] = {}
-        """What has failed and nobody has asked for yet."""
-        self._unasked_errors: dict[int, None] = {}
-        """Those of them that nobody here has ever spoken of, the oldest first."""
-        self._arrival = asyncio.Event()
 
     @property
     def address(self) -> str | None:
@@ -301,7 +288,7 @@ class Receiver(Lifecycle):
         try:
             await super().aclose()
         finally:  # cancelled, one stops waiting; it closes all the same
-            self._arrival.set()
+            self._driver.results.arrival.set()
 
     def expect(self, request_id: str, *, timeout: SupportsFloat | None = None) -> Ticket:
         """Reserve the default allocation as soon as it is free, and return the ticket at once.
@@ -370,8 +357,8 @@ class Receiver(Lifecycle):
         driver.check_loop()
         for number in driver.endpoint.numbers_of(request_id):
             driver.endpoint.fail(number, Failure(Reason.CANCELLED, str(reason)), driver.now())
-            if number not in self._waiting:
-                self._drop(number)
+            if number not in driver.results.awaited():
+                driver.results.drop(number)
         driver.pump()
 
     def metrics(self) -> dict[str, int]:
@@ -397,79 +384,22 @@ class Receiver(Lifecycle):
     async def _arrivals(self) -> AsyncIterator[Lease]:
         """Yield what arrives and nobody asks for by its id, until the receiver is closed."""
         await self.start()
+        results = self._driver.results
         while not self._driver.is_closing:
-            arrived = next(self._untaken(), None)
-            if arrived is not None:
-                transfer = arrived.transfer
-                try:
-                    lease = self._take(transfer.number)
-                except ProtocolError as exc:  # one sender's metadata: no reason to end for all
-                    logger.warning("! an arrival is dropped: %s", exc)
-                    assert transfer.id is not None
-                    self._tell(transfer.id.request_id, exc)
-                    continue
-                yield lease
+            arrived = next(results.untaken(), None)
+            if arrived is None:
+                results.arrival.clear()
+                await results.arrival.wait()
                 continue
-            self._arrival.clear()
-            await self._arrival.wait()
-
-    def _ended(self, number: int, result: Delivery | AiommError) -> None:
-        """Pass a result on to who waits for it, or keep it."""
-        waiting = self._waiting.pop(number, None)
-        if waiting is None and self._driver.endpoint.is_wanted(number):
-            self._keep(number, result)
-            return
-        self._drop(number)
-        if waiting is None or waiting.done():  # cancelled, and its task has not run yet
-            if isinstance(result, Delivery):
-                self._driver.discard(result)
-        elif isinstance(result, AiommError):
-            waiting.set_exception(result)
-        else:
-            waiting.set_result(result)
-
-    def _keep(self, number: int, result: Delivery | AiommError) -> None:
-        """Keep a result for whoever will ask; of failures that few may ask for, the last ones."""
-        if isinstance(result, Delivery):
-            self._results[number] = result
-            self._arrival.set()
-            return
-        self._errors[number] = result
-        if self._driver.endpoint.is_unasked(number):
-            self._unasked_errors[number] = None
-            if len(self._unasked_errors) > self.settings.max_waiting // UNASKED_ERRORS:
-                self._drop(next(iter(self._unasked_errors)))
-
-    def _failed(self, number: int, request_id: str, error: AiommError) -> None:
-        """Pass a failure on to who waits for it, or keep it, and tell of it."""
-        if number not in self._waiting and number not in self._errors:
-            self._tell(request_id, error)
-        self._ended(number, error)
-
-    def _tell(self, request_id: str, error: AiommError) -> None:
-        """Call `on_failure`, if there is one, when all else of this turn is done."""
-        if self._on_failure is not None:
-            self._driver.loop.call_soon(_call, self._on_failure, request_id, error)
-
-    def _drop(self, number: int) -> None:
-        """End a request; a result that was kept for it is nobody's any more."""
-        self._driver.endpoint.taken(number)
-        self._forget_error(number)
-        kept = self._results.pop(number, None)
-        if kept is not None:
-            self._driver.discard(kept)
-
-    def _forget_error(self, number: int) -> AiommError | None:
-        self._unasked_errors.pop(number, None)
-        return self._errors.pop(number, None)
-
-    def _awaited(self) -> Iterable[int]:
-        """Return the requests that somebody waits for."""
-        return self._waiting
-
-    def _untaken(self) -> Iterator[Delivery]:
-        """Return what has arrived and nobody has asked for yet."""
-        return iter(self._results.values())
+            results.take(arrived.transfer.number)
+            try:
+                lease = Lease(self._driver, arrived)
+            except ProtocolError as exc:  # one sender's metadata: no reason to end for all
+                logger.warning("! an arrival is dropped: %s", exc)
+                assert arrived.transfer.id is not None
+                results.tell(arrived.transfer.id.request_id, exc)
+                continue
+            yield lease
 
     async def _receive(
         self, request: str | Ticket | bytes, source: str | None, timeout: SupportsFloat | None
@@ -477,11 +407,13 @@ class Receiver(Lifecycle):
         await self.start()
         self._driver.check_open()
         number = self._begin(request, source, seconds_of(timeout, self.settings.timeout))
-        if number in self._results or number in self._errors:
-            return self._take(number)
-        if number in self._waiting:
+        results = self._driver.results
+        delivery = results.take(number)
+        if delivery is not None:
+            return Lease(self._driver, delivery)
+        if number in results.awaited():
             raise Rejected(f"request {request!r} is being received already")
-        self._waiting[number] = future = self._driver.loop.create_future()
+        future = results.begin_waiting(number)
         self._driver.pump()
         self._driver.make_room()
         try:
@@ -505,13 +437,6 @@ class Receiver(Lifecycle):
             request_id, key, path=path, life=life, timeout=timeout, now=now
         )
 
-    def _take(self, number: int) -> Lease:
-        self._driver.endpoint.taken(number)
-        error = self._forget_error(number)
-        if error is not None:
-            raise error
-        return Lease(self._driver, self._results.pop(number))
-
     def _give_up(self, number: int, future: asyncio.Future[Delivery]) -> None:
         driver = self._driver
         if future.done() and not future.cancelled() and future.exception() is None:
@@ -521,19 +446,10 @@ class Receiver(Lifecycle):
         driver.endpoint.fail(number, failure, driver.now())
         driver.endpoint.taken(number)
         driver.pump()
-        self._waiting.pop(number, None)  # until here it was awaited: nobody else is told
+        driver.results.stop_waiting(number)  # until here it was awaited: nobody else is told
 
     def __repr__(self) -> str:
         return f"<Receiver {self._driver.name} at {self.address}: {self._driver.pool!r}>"
-
-
-def _call(
-    on_failure: Callable[[str, AiommError], object], request_id: str, error: AiommError
-) -> None:
-    try:
-        on_failure(request_id, error)
-    except Exception:  # the user's own: it costs nobody anything else
-        logger.exception("! on_failure could not take the failure of %r", request_id)
 
 
 def _decoded(metadata: bytes) -> dict[str, Any]:

@@ -143,8 +143,9 @@ def assert_idle(receiver: Receiver, sender: Sender) -> None:
     assert not sender._driver.endpoint.num_live, sender
     assert not sender._driver.sources
     assert not sender._driver.watchers
-    assert not receiver._waiting
-    assert not receiver._results
+    results = receiver._driver.results
+    assert not results._waiting
+    assert not results._deliveries
 
 
 async def granted(transfer: Transfer) -> Transfer:

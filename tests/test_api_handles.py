@@ -434,8 +434,9 @@ async def test_a_failure_that_nobody_asked_for_is_told_once() -> None:
         transfer = sender.claim(receiver.expect("c", timeout=0.5))
         (await granted(transfer)).cancel("no")
         assert (await told.get())[0] == "c"
-        if receiver._errors:
-            await until(lambda: not receiver._errors, receiver, "_drop")
+        results = receiver._driver.results
+        if results._errors:
+            await until(lambda: not results._errors, results, "drop")
         await asyncio.sleep(0)
         assert told.empty()
         assert_idle(receiver, sender)

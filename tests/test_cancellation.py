@@ -146,18 +146,18 @@ async def test_a_result_that_comes_while_a_cancelled_receive_has_not_run_yet() -
         transfer = sender.claim(receiver.expect("r"))
         receiving = asyncio.ensure_future(receiver.receive("r"))
         await granted(transfer)
-        driver = receiver._driver
-        waiter = driver.waiter
+        results = receiver._driver.results
+        ended = results.ended
 
         def cancel_and_end(*arguments: Any) -> None:
             receiving.cancel()
-            waiter.ended(*arguments)
+            ended(*arguments)
 
-        driver.waiter = waiter._replace(ended=cancel_and_end)
-        await transfer.send(tensors_of(32))
-        await asyncio.wait([receiving])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(results, "ended", cancel_and_end)
+            await transfer.send(tensors_of(32))
+            await asyncio.wait([receiving])
         assert receiving.cancelled()
-        driver.waiter = waiter
         await still_works(receiver, sender)
 
 

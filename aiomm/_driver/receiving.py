@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -20,7 +20,6 @@ from ..buffers.pool import BlockPool
 from ..buffers.queue import QueueFull, ReservationQueue
 from ..config import ReceiverSettings
 from ..errors import (
-    AiommError,
     Failure,
     PlaneUnavailable,
     ProtocolError,
@@ -50,7 +49,6 @@ from ..protocol.commands import (
     Verify,
 )
 from ..protocol.frames import Hello, specs_of
-from ..protocol.receive_transfer import ReceiveTransfer
 from ..protocol.receiving import ReceiveEndpoint
 from ..protocol.session import Timing
 from ..types import MAX_GRANT_BLOCKS, Allocation, Extent, Schema
@@ -58,43 +56,11 @@ from .base import Driver, new_epoch
 from .checksums import AT_ONCE_NBYTES, Checksums, Chunk
 from .exports import Exports
 from .memory import Joined, Memory
+from .results import Delivery, OnFailure, Results
 
-__all__ = ["Delivery", "ReceiveDriver", "Waiter"]
+__all__ = ["ReceiveDriver"]
 
 logger = logging.getLogger("aiomm.receiver")
-
-
-class Delivery:
-    """A finished transfer, and the blocks or the tensors that hold it."""
-
-    def __init__(
-        self,
-        transfer: ReceiveTransfer,
-        allocations: tuple[Allocation, ...],
-        extents: tuple[Extent, ...],
-        joined: Joined | None,
-    ) -> None:
-        self.is_taken = False
-        """The user has it, or nobody will."""
-        self.transfer = transfer
-        self.allocations = allocations
-        self.extent = extents[0] if extents else Extent(0, 0)
-        """Where the tokens lie in the pool, if they do."""
-        self.joined = joined
-        """The tensors outside the pool, if they stand there."""
-
-
-class Waiter(NamedTuple):
-    """Whoever wants to know how requests end: four functions of its own."""
-
-    ended: Callable[[int, Delivery], None]
-    """A request is done. The delivery's blocks are the waiter's from now on."""
-    failed: Callable[[int, str, AiommError], None]
-    """A request, with that number and id, has failed."""
-    awaited: Callable[[], Iterable[int]]
-    """The requests that somebody waits for."""
-    untaken: Callable[[], Iterable[Delivery]]
-    """What has arrived and nobody has asked for yet, oldest first."""
 
 
 class ReceiveDriver(Driver[ReceiveEndpoint]):
@@ -105,7 +71,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         device: where the pool lies: `"cpu"`, or a GPU such as `"cuda:0"`.
         planes: in order of preference.
         takes_any: tell senders that this side takes what has no other destination.
-        waiter: told how every request ends.
+        on_failure: told of what fails while nobody awaits it.
     """
 
     listens: ClassVar[bool] = True
@@ -121,12 +87,11 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         *,
         device: str,
         takes_any: bool,
-        waiter: Waiter,
+        on_failure: OnFailure | None,
     ) -> None:
         super().__init__(settings, bind, name)
         self.schema = schema
         self.planes = planes
-        self.waiter = waiter
         self.pool = BlockPool(settings.blocks, settings.block_size)
         self.queue = _queue_over(self.pool, settings.max_waiting, len(schema))
         self.layout = Layout(schema, settings.blocks * settings.block_size, settings.max_peers)
@@ -152,6 +117,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             max_requests=settings.max_waiting,
             max_tokens=settings.max_tokens,
             always_verifies=device != "cpu",
+        )
+        self.results = Results(
+            self.endpoint, lambda: self.loop, self.discard, on_failure, settings.max_waiting
         )
         self._links: dict[int, int] = {}
         """The link to each peer that has said Hello."""
@@ -231,7 +199,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
                 logger.info("x request %d failed: %s: %s", number, *failure)
                 self._take_joined(number)
                 error = error_from(failure, story=story, is_closing=self.is_closing)
-                self.waiter.failed(number, request_id, error)
+                self.results.failed(number, request_id, error)
             case CompareProbe():
                 arrived = self._exports.has_arrived(command.link, command.plane, command.nonce)
                 self.endpoint.probed(command.peer, command.plane, arrived)
@@ -398,9 +366,9 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         """
         if self._making_room is not None or self.is_closing or not self.queue.num_waiting:
             return
-        if not any(map(self.queue.is_waiting, self.waiter.awaited())):
+        if not any(map(self.queue.is_waiting, self.results.awaited())):
             return
-        delivery = next(filter(self._can_move, self.waiter.untaken()), None)
+        delivery = next(filter(self._can_move, self.results.untaken()), None)
         if delivery is not None:
             number = delivery.transfer.number
             self._count_buffered(number, delivery.extent.num_tokens)
@@ -547,7 +515,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self._count_buffered(number, 0)
         delivery = Delivery(transfer, kept, command.extents, joined)
         self._pump_queue()
-        self.waiter.ended(number, delivery)
+        self.results.ended(number, delivery)
         self.outbox.user_answered()
         self.make_room()
 
