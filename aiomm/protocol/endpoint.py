@@ -17,7 +17,7 @@ from ..types import Schema
 from .agenda import Agenda
 from .commands import Command, Greet, Leave, Part, Transmit
 from .frames import PROTOCOL_VERSION, Frame, Goodbye, Hello, Packet, clipped, decode, encode
-from .session import NEVER, Contact, Path, Session, Timing
+from .session import MAX_ANSWERS, NEVER, Contact, Path, Session, Timing
 
 __all__ = ["Contacting", "Endpoint"]
 
@@ -29,6 +29,8 @@ IGNORED = (
 MAX_REFUSED_PATHS = 1024
 MAX_ENDED_LIVES = 4096
 MIN_DEADLINES = 1024
+ANSWERS_EACH = 2
+"""To one peer and about one request, in one turn of the loop: granted, and over."""
 MAX_EXPIRED = 64
 """Deadlines that are looked at in one turn: a thousand would hold the loop for 16 ms."""
 
@@ -47,12 +49,13 @@ class Endpoint(ABC):
         epoch: random, positive, below 2**63; another for every life.
         timing: how sessions keep time.
         max_peers: more than this are refused.
+        max_requests: that may be open or wait.
     """
 
     _feeding: ClassVar[tuple[type[Command], ...]]
     """Commands whose execution may feed the endpoint, before the next one is looked at."""
 
-    def __init__(self, epoch: int, *, timing: Timing, max_peers: int) -> None:
+    def __init__(self, epoch: int, *, timing: Timing, max_peers: int, max_requests: int) -> None:
         self.epoch = epoch
         self.sessions: dict[int, Session] = {}
         """By the peer's epoch. A lost peer keeps its session: it may come back."""
@@ -60,6 +63,7 @@ class Endpoint(ABC):
         """What was ignored, and why."""
         self._timing = timing
         self._max_peers = max_peers
+        self._max_answers = max(MAX_ANSWERS, ANSWERS_EACH * max_requests)
         self._at_path: defaultdict[Path, list[Session]] = defaultdict(list)
         """The sessions that may use each path: mostly one."""
         self._contacts: dict[Path, Contact] = {}
@@ -335,6 +339,7 @@ class Endpoint(ABC):
                 path=path,
                 now=now,
                 timing=self._timing,
+                max_answers=self._max_answers,
                 changed=self._agenda.note,
             )
             self._at_path[path].append(session)

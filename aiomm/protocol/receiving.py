@@ -108,7 +108,9 @@ class ReceiveEndpoint(Endpoint):
         max_tokens: int = 2**24,
         always_verifies: bool = False,
     ) -> None:
-        super().__init__(epoch, timing=timing or Timing(), max_peers=max_peers)
+        super().__init__(
+            epoch, timing=timing or Timing(), max_peers=max_peers, max_requests=max_requests
+        )
         self._schema = schema
         self.hello = hello
         """This side's Hello; what changes here is said to peers that come later."""

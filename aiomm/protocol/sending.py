@@ -83,7 +83,9 @@ class SendEndpoint(Endpoint):
         max_peers: int = 1024,
         max_waiting: int = 4096,
     ) -> None:
-        super().__init__(epoch, timing=timing or Timing(), max_peers=max_peers)
+        super().__init__(
+            epoch, timing=timing or Timing(), max_peers=max_peers, max_requests=max_waiting
+        )
         self._schema = schema
         self.hello = hello
         """This side's Hello; what changes here is said to peers that come later."""

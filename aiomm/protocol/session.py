@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from .frames import PROTOCOL_VERSION, Ack, Frame, Goodbye, Hello, Packet, Ping, Pong, encode
 
-__all__ = ["NEVER", "Contact", "Path", "Session", "Timing"]
+__all__ = ["MAX_ANSWERS", "NEVER", "Contact", "Path", "Session", "Timing"]
 
 NEVER: Final = math.inf
 """A time that does not come."""
@@ -31,7 +31,8 @@ too early, even if a better path overtakes all that is still on another one."""
 ACKNOWLEDGE_EVERY = 64
 """One frame in so many is acknowledged at once: others may wait for room behind it."""
 MAX_ANSWERS = 8192
-"""What a peer may have this side keep for it: answers that it leaves unacknowledged, or notes."""
+"""What a peer may have this side keep for it, at least: answers that it leaves unacknowledged, and
+notes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class Session:
         path: Path,
         now: float,
         timing: Timing,
+        max_answers: int = MAX_ANSWERS,
         changed: Callable[[Session], None] = lambda _: None,
     ) -> None:
         self.local_epoch = local_epoch
@@ -129,6 +131,7 @@ class Session:
         self.ignored = 0
         """Packets that were repeated, or too early to keep."""
         self._timing = timing
+        self._max_answers = max_answers
         self._changed = changed
         self._last_heard = now
         self._sent = 0
@@ -181,7 +184,7 @@ class Session:
 
         A peer that leaves thousands of them unacknowledged counts as silent, and gets no more: 0.
         """
-        if len(self._answers) >= MAX_ANSWERS:
+        if len(self._answers) >= self._max_answers:
             self.is_choked = True
             return 0
         sequence = self.send(frame)
@@ -248,7 +251,7 @@ class Session:
         ahead = packet.sequence - self._delivered
         if ahead <= 0:
             return [packet.frame]
-        if self._num_notes < MAX_ANSWERS:
+        if self._num_notes < self._max_answers:
             self._notes.setdefault(packet.sequence, []).append(packet.frame)
             self._num_notes += 1
         else:
@@ -289,7 +292,7 @@ class Session:
     def silence(self) -> str:
         """Say why :meth:`is_silent`."""
         if self.is_choked:
-            return f"the peer has left {MAX_ANSWERS} answers unacknowledged"
+            return f"the peer has left {self._max_answers} answers unacknowledged"
         return f"the peer has not answered for {self._timing.peer_timeout:g} s"
 
     def begin_waiting(self, now: float) -> None:
