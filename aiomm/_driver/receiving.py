@@ -112,7 +112,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             plane_offers=self._exports.offers,
             default_tokens=settings.default_blocks * settings.block_size,
             default_timeout=settings.timeout,
-            timing=Timing(peer_timeout=settings.peer_timeout),
+            timing=Timing.for_timeout(settings.peer_timeout),
             max_peers=settings.max_peers,
             max_requests=settings.max_waiting,
             max_tokens=settings.max_tokens,

@@ -86,7 +86,7 @@ class SendDriver(Driver[SendEndpoint]):
             new_epoch(),
             schema,
             Hello("sender", name, specs_of(schema)),
-            timing=Timing(peer_timeout=settings.peer_timeout),
+            timing=Timing.for_timeout(settings.peer_timeout),
             max_peers=settings.max_peers,
             max_waiting=settings.max_waiting,
         )

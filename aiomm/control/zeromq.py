@@ -28,8 +28,10 @@ __all__ = ["Limits", "ZmqChannel"]
 
 MAX_NAME_NBYTES = 200
 MAX_SOCKETS = 16 * 1024
-HEARTBEAT_INTERVAL_MS = 100
-HEARTBEAT_TIMEOUT_MS = 2700
+HEARTBEAT_MS = 100, 2700
+"""How often a silent peer's ZeroMQ is asked for a sign of life, and how long it may take."""
+LOOPBACK_HEARTBEAT_MS = 5000, 15000
+"""On this host, where a tunnel to another may begin, whose far end can vanish without a word."""
 CONNECT_TIMEOUT_MS = 400
 CLOSE_SECONDS = 2.0
 
@@ -42,9 +44,9 @@ class ZmqChannel(Channel):
     """A ROUTER where peers connect to this endpoint, and a DEALER for each peer it connects to.
 
     A peer that connected is known from its first packet on. The loss of a peer shows as the end
-    of its connection; off this host also as 2.7 s without an answer of its ZeroMQ thread. A
-    process that is stopped or hangs on this host is not noticed here: the session's own pings
-    are for that.
+    of its connection, or as 2.7 s without an answer of its ZeroMQ thread (on this host 15 s: a
+    tunnel to another may begin here). A process whose loop hangs is not noticed here: the
+    session's own pings are for that.
 
     Args:
         bind: `tcp://host:port` (port 0 or `*`: any free one), `ipc://path` (in a directory of
@@ -242,10 +244,11 @@ def _set_transport_options(socket: zmq.Socket[bytes], address: Address) -> None:
         return
     if address.is_ipv6:
         socket.setsockopt(zmq.IPV6, 1)
+    interval, timeout = LOOPBACK_HEARTBEAT_MS if address.is_loopback else HEARTBEAT_MS
+    socket.setsockopt(zmq.HEARTBEAT_IVL, interval)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, timeout)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, timeout)
     if not address.is_loopback:
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
         socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
 
 

@@ -45,9 +45,14 @@ class Timing:
     acknowledge: float = 0.025
     """How long an acknowledgement waits for a packet to ride on."""
     ping: float = 1.0
-    """Silence after which a busy session asks for a sign of life."""
+    """Silence after which a busy session asks for a sign of life; well below `peer_timeout`."""
     peer_timeout: float = 15.0
     """Silence after which the peer counts as lost. Encoders hold their loop for seconds."""
+
+    @classmethod
+    def for_timeout(cls, peer_timeout: float) -> Timing:
+        """Return what is usual, with a peer that is asked several times before it is lost."""
+        return cls(peer_timeout=peer_timeout, ping=min(1.0, peer_timeout / 4))
 
 
 class Path(NamedTuple):
@@ -271,6 +276,8 @@ class Session:
             chosen.append((0, Ack()))
         if now >= self._heard_or_asked + self._timing.ping and self._expects_signs():
             chosen.append((0, Ping()))
+            # For longer than that nobody has asked: it is no silence of the peer's.
+            self._last_heard += now - self._heard_or_asked - self._timing.ping
             self._heard_or_asked = now
         return [self._encoded(*each) for each in chosen] if chosen else []
 
@@ -283,10 +290,10 @@ class Session:
         return earliest
 
     def is_silent(self, now: float) -> bool:
-        """Somebody waits, and the peer has said nothing for too long."""
-        return self._expects_signs() and (
-            self.is_choked or now >= self._last_heard + self._timing.peer_timeout
-        )
+        """Somebody waits, and the peer, though it was asked, has said nothing for too long."""
+        was_asked = now < self._heard_or_asked + 2 * self._timing.ping  # else this side was held up
+        is_silent = was_asked and now >= self._last_heard + self._timing.peer_timeout
+        return self._expects_signs() and (self.is_choked or is_silent)
 
     @property
     def silence(self) -> str:
@@ -341,6 +348,7 @@ class Session:
         pending = self._unacknowledged
         if not pending or pending[0][0] > acknowledged:
             return
+        acknowledged = min(acknowledged, pending[-1][0])  # not what was never sent
         while pending and pending[0][0] <= acknowledged:
             pending.popleft()
         while self._answers and self._answers[0] <= acknowledged:

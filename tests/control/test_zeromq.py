@@ -8,14 +8,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import zmq
 
+from aiomm.control import zeromq
 from aiomm.control.base import MAX_PACKET_NBYTES
 from aiomm.control.sockets import RETRY_DELAY
 from aiomm.control.zeromq import Limits, ZmqChannel
@@ -176,6 +177,51 @@ async def test_a_peer_that_reads_late_gets_everything_that_was_taken() -> None:
         assert got == taken
     await channel.aclose()
     await loop.shutdown_default_executor()
+
+
+async def test_a_tunnel_whose_far_end_vanishes_without_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both sides lose the peer, though their connections to the tunnel stand."""
+    monkeypatch.setattr(zeromq, "LOOPBACK_HEARTBEAT_MS", (50, 200))
+    heard, told = Recorder(echo), Recorder()
+    listener = ZmqChannel("tcp://127.0.0.1:0", name="listener")
+    await listener.start(heard)
+    channel = ZmqChannel(None, name="dealer")
+    await channel.start(told)
+    async with tunnel_to(address_of(listener)) as (address, vanish):
+        peer = channel.connect(address)
+        channel.send(peer, b"hello")
+        await told.until_packets(1)
+        vanish.set()
+        await told.until_lost()
+        await heard.until_lost()
+        await channel.aclose()
+        await listener.aclose()
+
+
+@asynccontextmanager
+async def tunnel_to(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """Yield an address that leads there, until the event is set: then it swallows everything."""
+    vanish, tasks = asyncio.Event(), set[asyncio.Task[None]]()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            while octets := await reader.read(1 << 16):
+                if not vanish.is_set():
+                    writer.write(octets)
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+        tasks.add(asyncio.ensure_future(carry(reader, far[1])))
+        tasks.add(asyncio.ensure_future(carry(far[0], writer)))
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}", vanish
+    finally:
+        server.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_a_backlog_to_nobody_is_not_tried_before_somebody_listens(

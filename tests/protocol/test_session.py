@@ -296,35 +296,55 @@ class TestSilence:
         end.is_lost = True
         end.receive(ack(0), 14.0)
         assert not end.is_lost
-        assert not end.is_silent(28.9)
-        assert end.is_silent(29.0)
+        assert silent_at(end) == 29.0
 
     def test_silence_counts_from_when_somebody_waits(self) -> None:
         """Not from the last packet before a long pause."""
         end = session()
         end.begin_waiting(1000.0)
-        assert not end.is_silent(1014.0)
-        end.begin_waiting(1010.0)
-        assert end.is_silent(1015.0)
+        assert out(end, 1001.0)
+        end.begin_waiting(1001.5)
+        assert silent_at(end) == 1015.0
 
     def test_an_unanswered_frame_is_waiting_too(self) -> None:
         """From when it was sent, also after a long pause."""
         end = session()
         end.send(redeem(1))
         out(end, 1000.0)
-        assert not end.is_silent(1014.0)
-        assert end.is_silent(1015.0)
+        assert silent_at(end) == 1015.0
 
     def test_a_lost_peer_is_given_the_same_time_again(self) -> None:
         """When somebody begins to wait for it once more."""
         end = session()
         end.begin_waiting(0.0)
-        assert end.is_silent(15.0)
+        assert silent_at(end) == 15.0
         end.is_lost = True
         assert not end.is_silent(16.0)
         end.begin_waiting(20.0)
-        assert not end.is_silent(34.0)
-        assert end.is_silent(35.0)
+        assert silent_at(end) == 35.0
+
+    def test_while_nobody_asks_the_peer_is_not_silent(self) -> None:
+        """This side's loop was held: it asks when it runs again, and waits for the answer."""
+        end = session()
+        end.begin_waiting(0.0)
+        assert not end.is_silent(100.0)
+        assert [type(each.frame) for each in out(end, 100.0)] == [frames.Ping]
+        assert not end.is_silent(100.5)
+        assert silent_at(end) == 114.0  # 15 s, of which 1 s has passed before it was to ask
+
+    @pytest.mark.parametrize("peer_timeout", [0.1, 1.0, 15.0])
+    def test_a_peer_is_asked_before_it_is_lost(self, peer_timeout: float) -> None:
+        """However short its time is."""
+        timing = Timing.for_timeout(peer_timeout)
+        assert timing.peer_timeout == peer_timeout
+        assert 3 * timing.ping < peer_timeout
+
+
+def silent_at(end: Session) -> float:
+    """Let a session ask whenever it wants to; return when its peer counts as silent."""
+    while not end.is_silent(now := end.next_deadline()):
+        out(end, now)
+    return now
 
 
 class TestPaths:
@@ -492,6 +512,15 @@ class TestPeersThatDoNotAnswer:
         assert end.is_silent(0.0)
         assert end.silence == f"the peer has left {MAX_ANSWERS} answers unacknowledged"
         assert len(out(end, 0.0)) == MAX_EARLY_FRAMES
+
+    def test_what_was_never_sent_is_not_acknowledged(self) -> None:
+        """Whatever the peer says: the answers that wait here still count."""
+        end = session()
+        for number in range(600):
+            end.answer(redeem(number))
+        out(end, 0.0)
+        end.receive(ack(2**40), 0.0)
+        assert len(end._answers) == 600 - MAX_EARLY_FRAMES
 
     def test_what_this_side_has_to_say_is_no_answer(self) -> None:
         """However much its user does in one turn, nobody is lost for it, nothing left out."""
