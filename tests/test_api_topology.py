@@ -126,6 +126,30 @@ async def test_every_control_channel(control: str) -> None:
 # The encoder listens.
 
 
+@pytest.mark.parametrize("order", ["sent first", "at once", "asked first"])
+async def test_a_receiver_that_takes_anything_asks_for_some_of_it(order: str) -> None:
+    """What is sent to nobody in particular may come on both grounds; it is one transfer."""
+    async with Sender(SCHEMA, bind=ANYWHERE) as sender:
+        address = sender.address or ""
+        async with Receiver(SCHEMA, connect=address, **SMALL_POOL) as receiver:
+            for name in (f"r{index}" for index in range(20)):
+                if order == "sent first":
+                    await sender.send(name, tensors_of(3))
+                    await take_from(receiver, name, address)
+                    continue
+                take = asyncio.ensure_future(take_from(receiver, name, address))
+                if order == "asked first":
+                    await asyncio.sleep(0.01)
+                await asyncio.gather(sender.send(name, tensors_of(3)), take)
+            assert_idle(receiver, sender)
+
+
+async def take_from(receiver: Receiver, request_id: str, source: str) -> None:
+    """Ask a sender for a request, and release what it sends."""
+    async with receiver.receive(request_id, source=source) as lease:
+        assert same(dict(lease), tensors_of(3))
+
+
 @pytest.mark.both_loops
 @pytest.mark.parametrize("first", ["sender", "receiver"])
 async def test_the_receiver_asks_a_sender_that_listens(first: str) -> None:

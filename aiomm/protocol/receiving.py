@@ -176,11 +176,15 @@ class ReceiveEndpoint(Endpoint):
             Rejected: there are too many requests (retryable).
             ValueError: the request id or the timeout is out of bounds.
         """
+        session = self.sessions.get(life) if path is None else self._session_at(path, life)
+        if session is not None and not key:
+            number = self._by_request_id.get(request_id, 0)
+            if self.is_unasked(number) and self._requests[number].peer == session.peer_epoch:
+                return number  # it has come already, since this side takes anything
         request = self._add(request_id, timeout, now, named=False)
         request.path, request.life, request.redeem_key = path, life, key
         self._redeemed[request_id].add(request.transfer.number)
         self._unasked[request.transfer.number] = request
-        session = self.sessions.get(life) if path is None else self._session_at(path, life)
         if self.has_ended(life):
             gone = Failure(Reason.PEER_LOST, "the ticket is void: its sender is gone")
             self._feed(request.transfer.number, events.Failed(gone), now)
@@ -503,7 +507,11 @@ class ReceiveEndpoint(Endpoint):
         request_id = offer.transfer.request_id
         number = offer.redemption or self._by_request_id.get(request_id)
         if number is None and not offer.key:
-            return None
+            number = self._asked_of(session, request_id)
+            if number is None:
+                return None
+            # It was sent to nobody in particular, and has crossed the question.
+            session.send(frames.Refuse(number, Reason.CANCELLED, "it has come"))
         request = self._requests.get(number or 0)
         if request is None or request.transfer.state.is_terminal:
             raise Rejected(f"request {request_id!r} is unknown: finished, given up, or never made")
@@ -516,6 +524,15 @@ class ReceiveEndpoint(Endpoint):
         if offer.redemption and asked_of != (session.peer_epoch, request_id):
             raise Rejected(f"request {request_id!r} was asked of another sender")
         return request
+
+    def _asked_of(self, session: Session, request_id: str) -> int | None:
+        """Return the oldest request of which the sender was asked by that id, without a ticket."""
+        for number in sorted(self._redeemed.get(request_id, ())):
+            request = self._requests[number]
+            is_over = request.transfer.is_claimed or request.transfer.state.is_terminal
+            if request.peer == session.peer_epoch and not request.redeem_key and not is_over:
+                return number
+        return None
 
     def _too_long(self, total: int) -> Failure | None:
         if total <= self._max_tokens:
