@@ -259,6 +259,7 @@ class OfferedTicket:
 
     def withdraw(self) -> None:
         """End the offer. Transfers that have begun go on. Idempotent."""
+        self._sender._driver.check_loop()
         self._sender._withdraw(self.ticket.request_id, self)
 
     def to_bytes(self) -> bytes:
@@ -343,6 +344,7 @@ class Sender(Lifecycle):
 
     async def aclose(self) -> None:
         """Withdraw all offers, then close; see :meth:`Lifecycle.aclose`."""
+        self._driver.check_loop()
         for offer, _ in list(self._offers.values()):
             offer.withdraw()
         await super().aclose()
@@ -452,6 +454,7 @@ class Sender(Lifecycle):
             PoolClosed: the sender is closed.
         """
         self._driver.check_open()
+        self._driver.check_loop()
         if self.address is None:
             raise Rejected("only a started sender with bind= can offer")
         encoded = _encode_metadata(metadata)

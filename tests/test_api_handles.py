@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -26,7 +27,9 @@ from aiomm import (
 from aiomm.planes.memory import Faults
 
 from .support import (
+    ANYWHERE,
     SCHEMA,
+    SMALL_POOL,
     assert_idle,
     error_of,
     faulty_pair,
@@ -502,15 +505,36 @@ async def test_an_endpoint_is_called_on_its_own_loop() -> None:
             lambda: sender.claim(ticket),
             lambda: transfer.send(tensors_of(3)),
             transfer.cancel,
+            lambda: sender.offer("r", tensors_of(3)),
         ]
         for call in calls:
             with pytest.raises(RuntimeError, match="belongs to another event loop"):
                 await asyncio.to_thread(call)
             with pytest.raises(RuntimeError, match="belongs to another event loop"):
                 await asyncio.to_thread(asyncio.run, _called(call))
+        for endpoint in (sender, receiver):
+            with pytest.raises(RuntimeError, match="belongs to another event loop"):
+                await asyncio.to_thread(asyncio.run, endpoint.aclose())
         await transfer.send(tensors_of(3))
         (await receiver.receive("r")).release()
         assert_idle(receiver, sender)
+
+
+def test_an_endpoint_whose_loop_runs_on_another_thread_by_now() -> None:
+    """Where it was started does not count; between two runs it may be called."""
+    loop = asyncio.new_event_loop()
+    receiver = Receiver(SCHEMA, bind=ANYWHERE, **SMALL_POOL)
+    loop.run_until_complete(receiver.start())
+    receiver.expect("a")
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
+    with pytest.raises(RuntimeError, match="belongs to another event loop"):
+        receiver.expect("b")
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.run_until_complete(receiver.aclose())
+    loop.close()
 
 
 async def _called(call: Callable[[], object]) -> None:

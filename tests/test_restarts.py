@@ -48,7 +48,8 @@ async def encoder_process(bind: str, control: Any, tell: Tell, is_over: Event) -
         offer = sender.offer("request", tensors_of(100), timeout=10)
         tell(sender.address or "", offer.to_json())
         await asyncio.to_thread(is_over.wait)
-        assert offer.redeemed == 1
+        offer.withdraw()
+        assert await offer == 1
 
 
 @contextmanager
@@ -103,3 +104,30 @@ async def test_an_offer_of_a_sender_that_has_begun_a_new_life(control: Any) -> N
             with life(encoder_process, address, control) as (address, ticket):
                 async with receiver.receive(ticket) as lease:
                     assert same(dict(lease), tensors_of(100))
+
+
+async def test_a_foreign_program_that_held_the_port_for_a_while() -> None:
+    """It greets first, which ZeroMQ takes for a peer's; a standing contact is made again."""
+
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH_9.2p1\r\n")
+        writer.close()
+        is_greeted.set()
+
+    is_greeted = asyncio.Event()
+    foreign = await asyncio.start_server(greet, "127.0.0.1", 0)
+    address = f"tcp://127.0.0.1:{foreign.sockets[0].getsockname()[1]}"
+    async with Receiver(SCHEMA, connect=address, **SMALL_POOL) as receiver:
+        await is_greeted.wait()
+        await asyncio.sleep(0.1)
+        foreign.close()
+        async with Sender(SCHEMA, bind=address) as sender:
+            sending = sender.send("request", tensors_of(10), timeout=10)
+            _, lease = await asyncio.gather(sending, take(receiver))
+            assert lease == 10
+
+
+async def take(receiver: Receiver) -> int:
+    """Receive the request; return its length."""
+    async with receiver.receive("request", timeout=10) as lease:
+        return lease.num_tokens

@@ -167,7 +167,7 @@ class Driver(ABC, Generic[_Endpoint]):
         try:
             is_here = asyncio.get_running_loop() is self.loop
         except RuntimeError:  # no loop runs: between two runs of the one it belongs to, perhaps
-            is_here = get_ident() == self._thread
+            is_here = get_ident() == self._thread and not self.loop.is_running()
         if not is_here:
             raise RuntimeError(
                 f"{self.name} belongs to another event loop: call it there, "
@@ -181,6 +181,7 @@ class Driver(ABC, Generic[_Endpoint]):
 
     async def aclose(self) -> None:
         """Close within `close_timeout`: end what runs, part from every peer, give memory back."""
+        self.check_loop()
         self.is_closing = True
         if self._starting is None:
             return
@@ -209,10 +210,11 @@ class Driver(ABC, Generic[_Endpoint]):
     async def _part(self) -> None:
         """Fail what runs, wait until nothing can land any more, and say goodbye."""
         closed = Failure(Reason.CLOSED, f"{self.name} was closed")
-        await self._abandon(closed)
+        by = self.now() + self.settings.close_timeout
+        await self._abandon(closed, by)
         left = "writes that have not drained"
         try:
-            async with asyncio.timeout(self.settings.close_timeout):
+            async with asyncio.timeout(max(0.0, by - self.now())):
                 await self.drain()
                 left = "a peer that does not take what it is told"
                 while self.endpoint.holds_back():  # a goodbye behind so much would not get through
@@ -223,14 +225,15 @@ class Driver(ABC, Generic[_Endpoint]):
             self.endpoint.say_goodbye(closed)
             self.pump()
 
-    async def _abandon(self, failure: Failure) -> None:
-        """Fail everything that is not done, some in each turn of the loop."""
+    async def _abandon(self, failure: Failure, by: float) -> None:
+        """Fail everything that is not done, some in each turn of the loop until that time."""
         numbers = self.unfinished()
         for first in range(0, len(numbers), MAX_ABANDONED):
             for number in numbers[first : first + MAX_ABANDONED]:
                 self.give_up(number, failure)
             self.pump()
-            await asyncio.sleep(0)
+            if self.now() < by:
+                await asyncio.sleep(0)
 
     async def _close_channels(self) -> None:
         if self.stream is not None:
@@ -283,7 +286,7 @@ class Driver(ABC, Generic[_Endpoint]):
             try:
                 self.endpoint.packet_received(path, packet, now)
             except AiommError as exc:
-                self.complain(path, str(peer), exc)
+                self.complain(self._address_of(path) or path, str(peer), exc)
             except Exception:  # a bug with one packet must not cost the others
                 logger.exception("! %s could not take a packet from %s", self.name, peer)
         if path not in self._lives:
@@ -349,18 +352,17 @@ class Driver(ABC, Generic[_Endpoint]):
 
     def _contact_anew(self, path: Path) -> None:
         """Whoever waits for a Hello there, where a life has ended, means the next one."""
-        addresses = [at for at, each in self._at_address.items() if each == path]
-        if self.is_closing or not addresses or not self.endpoint.says_hello(path):
+        address = self._address_of(path)
+        if self.is_closing or address is None or not self.endpoint.says_hello(path):
             return
         self._forget_address(path)
-        for address in addresses:
-            try:
-                successor = Path(0, self.channel, self.channel.connect(address))
-            except ValueError as exc:  # no descriptor is free
-                logger.warning("! %s: %s", self.name, exc)
-            else:
-                self._at_address[address] = successor
-                self.endpoint.redirect(path, successor, self.now())
+        try:
+            successor = Path(0, self.channel, self.channel.connect(address))
+        except ValueError as exc:  # no descriptor is free
+            logger.warning("! %s: %s", self.name, exc)
+        else:
+            self._at_address[address] = successor
+            self.endpoint.redirect(path, successor, self.now())
 
     def path_to(self, address: str | None, life: int, timeout: float) -> Path | None:
         """Return the path for a first contact with `life`; None where none is needed, or helps.
@@ -435,6 +437,9 @@ class Driver(ABC, Generic[_Endpoint]):
             case _:
                 assert_never(command)
 
+    def _address_of(self, path: Path) -> str | None:
+        return next((at for at, each in self._at_address.items() if each == path), None)
+
     def _forget_address(self, path: Path) -> None:
         self._at_address = {at: each for at, each in self._at_address.items() if each != path}
 
@@ -444,6 +449,8 @@ class Driver(ABC, Generic[_Endpoint]):
             logger.debug("x %s: nobody answers at %s", self.name, path.peer)
             self._forget_address(path)
             path.channel.disconnect(path.peer)
+            if not self.standing_contacts <= self._at_address.keys():
+                self.loop.call_later(REFUSED_DELAY, self._keep_contacts)
 
     def _upgrade(self, peer: int, address: str, stream: UnixChannel) -> None:
         """Try the same-host stream: if the peer hears the Ping there, it will answer there."""

@@ -44,7 +44,10 @@ PROBE_DELAYS = (0.001, 0.004, 0.016, 0.064)
 the end of the peer's pipe come from ZeroMQ's own thread on different ways, the event first."""
 MAX_FAILURES = 3
 """Handshakes that whoever listens may break off; once can be its restart."""
-BROKEN_OFF = "whoever listens there ends every handshake: it does not have the key that is meant"
+BROKEN_OFF = (
+    "whoever listens there ends every handshake: no endpoint of aiomm, one that wants keys, or one "
+    "that does not have the key that is meant"
+)
 FOREIGN = "no keys, a wrong one, or no ZeroMQ"
 REFUSED = "this endpoint's key is not among those that the peer knows"
 RETRY_DELAY = 0.01

@@ -417,6 +417,7 @@ class Endpoint(ABC):
     def _refuse(self, path: Path, error: ProtocolError, now: float) -> None:
         if self._contacts.pop(path, None) is not None:
             self._contact_failed(path, Failure(Reason.PROTOCOL, error.message), now)
+            self._do([Leave(path)])  # ZeroMQ would keep the connection, whoever is there next
         elif path not in self._refused and len(self._refused) < MAX_REFUSED_PATHS:
             self._refused.add(path)  # once: two versions must not refuse each other for ever
             self._turn_away(path, Goodbye(Reason.PROTOCOL, clipped(error.message)))
