@@ -156,6 +156,9 @@ class Session:
         self._outbox: list[Frame] = []
         self._resend_after = timing.resend_first
         self._resend_at = self._acknowledge_at = NEVER
+        self._num_resent = 0
+        self._unheard_since = now
+        """How often the oldest unacknowledged frame was sent again, and since when it waits."""
         self._heard_or_asked = now
         """When the peer was heard last, or was last asked for a sign of life since."""
 
@@ -172,6 +175,7 @@ class Session:
     def lose(self) -> None:
         """Count the peer as lost; what came too early from it will come again."""
         self.is_lost = self.is_missed = True
+        self._num_resent = 0
         self._early.clear()
         self._changed(self)
 
@@ -293,13 +297,21 @@ class Session:
         """Somebody waits, and the peer, though it was asked, has said nothing for too long."""
         was_asked = now < self._heard_or_asked + 2 * self._timing.ping  # else this side was held up
         is_silent = was_asked and now >= self._last_heard + self._timing.peer_timeout
-        return self._expects_signs() and (self.is_choked or is_silent)
+        return self._expects_signs() and (self.is_choked or self._is_deaf(now) or is_silent)
+
+    def _is_deaf(self, now: float) -> bool:
+        """Whether nothing was acknowledged for twice the peer's time, whatever else it says."""
+        limit = 2 * self._timing.peer_timeout
+        was_told = self._num_resent * self._timing.resend_last >= limit  # else it was held up here
+        return was_told and now >= self._unheard_since + limit
 
     @property
     def silence(self) -> str:
         """Say why :meth:`is_silent`."""
         if self.is_choked:
             return f"the peer has left {self._max_answers} answers unacknowledged"
+        if self._is_deaf(NEVER):
+            return f"the peer has acknowledged nothing that was sent {self._num_resent} times"
         return f"the peer has not answered for {self._timing.peer_timeout:g} s"
 
     def begin_waiting(self, now: float) -> None:
@@ -353,6 +365,7 @@ class Session:
             pending.popleft()
         while self._answers and self._answers[0] <= acknowledged:
             self._answers.popleft()
+        self._num_resent, self._unheard_since = 0, now
         self._resend_after = self._timing.resend_first
         self._resend_at = now + self._resend_after if pending else NEVER
         if self._held:
@@ -368,6 +381,7 @@ class Session:
         chosen: list[tuple[int, Frame]] = []
         if self._resend_at <= now:
             chosen += self._unacknowledged
+            self._num_resent += 1
             self._resend_after = min(2 * self._resend_after, self._timing.resend_last)
             self._resend_at = now + self._resend_after
         if self._unsent:
@@ -375,6 +389,7 @@ class Session:
             self._unacknowledged += self._unsent
             self._unsent.clear()
             if self._resend_at == NEVER:
+                self._unheard_since = now
                 self._resend_at = now + self._resend_after
                 if not self.is_busy:
                     # Silence counts from when somebody waits.

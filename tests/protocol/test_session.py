@@ -332,6 +332,21 @@ class TestSilence:
         assert not end.is_silent(100.5)
         assert silent_at(end) == 114.0  # 15 s, of which 1 s has passed before it was to ask
 
+    def test_a_peer_that_speaks_and_acknowledges_nothing(self) -> None:
+        """It is alive, and deaf: after twice its time it is lost; if it comes back, not at once."""
+        end = session()
+        end.send(redeem(1))
+        now = 0.0
+        while not end.is_silent(now):
+            out(end, now)
+            now = end.next_deadline()
+            end.receive(ack(0), now)
+        assert 30.0 <= now < 35.0
+        assert end.silence.startswith("the peer has acknowledged nothing that was sent ")
+        end.lose()
+        end.receive(ack(0), now)
+        assert not end.is_silent(now)
+
     @pytest.mark.parametrize("peer_timeout", [0.1, 1.0, 15.0])
     def test_a_peer_is_asked_before_it_is_lost(self, peer_timeout: float) -> None:
         """However short its time is."""
