@@ -183,7 +183,7 @@ class Endpoint(ABC):
                 self._do([Leave(path)])
         for session in self._agenda.due(now):
             if session.is_silent(now):
-                self._lose(session, Failure(Reason.PEER_LOST, session.silence), now)
+                self._lose(session, Failure(Reason.PEER_LOST, session.silence(now)), now)
 
     # What the driver takes out.
 

@@ -305,12 +305,11 @@ class Session:
         was_told = self._num_resent * self._timing.resend_last >= limit  # else it was held up here
         return was_told and now >= self._unheard_since + limit
 
-    @property
-    def silence(self) -> str:
+    def silence(self, now: float) -> str:
         """Say why :meth:`is_silent`."""
         if self.is_choked:
             return f"the peer has left {self._max_answers} answers unacknowledged"
-        if self._is_deaf(NEVER):
+        if self._is_deaf(now):
             return f"the peer has acknowledged nothing that was sent {self._num_resent} times"
         return f"the peer has not answered for {self._timing.peer_timeout:g} s"
 

@@ -342,7 +342,7 @@ class TestSilence:
             now = end.next_deadline()
             end.receive(ack(0), now)
         assert 30.0 <= now < 35.0
-        assert end.silence.startswith("the peer has acknowledged nothing that was sent ")
+        assert end.silence(now).startswith("the peer has acknowledged nothing that was sent ")
         end.lose()
         end.receive(ack(0), now)
         assert not end.is_silent(now)
@@ -522,10 +522,10 @@ class TestPeersThatDoNotAnswer:
         for number in range(1, MAX_ANSWERS + 1):
             assert end.answer(redeem(number % 1000)) == number
         assert not end.is_silent(0.0)
-        assert end.silence == "the peer has not answered for 15 s"
+        assert end.silence(0.0) == "the peer has not answered for 15 s"
         assert end.answer(redeem(0)) == 0
         assert end.is_silent(0.0)
-        assert end.silence == f"the peer has left {MAX_ANSWERS} answers unacknowledged"
+        assert end.silence(0.0) == f"the peer has left {MAX_ANSWERS} answers unacknowledged"
         assert len(out(end, 0.0)) == MAX_EARLY_FRAMES
 
     def test_what_was_never_sent_is_not_acknowledged(self) -> None:
