@@ -175,7 +175,6 @@ class Session:
     def lose(self) -> None:
         """Count the peer as lost; what came too early from it will come again."""
         self.is_lost = self.is_missed = True
-        self._num_resent = 0
         self._early.clear()
         self._changed(self)
 
@@ -232,6 +231,7 @@ class Session:
         self._last_heard = self._heard_or_asked = now
         if self.is_lost:  # and all that could not be sent has failed with that
             self.is_lost = self.is_choked = False
+            self._num_resent = 0
         self._changed(self)
 
     def receive(self, packet: Packet, now: float) -> list[Frame]:
