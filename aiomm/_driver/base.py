@@ -426,6 +426,8 @@ class Driver(ABC, Generic[_Endpoint]):
                     self._upgrade(peer, hello.stream, self.stream)
                 self.execute(command)
             case Part(peer, failure, proven):
+                if failure.reason is Reason.BUSY:
+                    logger.warning("! %s parts from a peer: %s", self.name, failure.message)
                 logger.debug("x %s parts: %s (proven: %s)", self.name, failure.message, proven)
                 if self.standing_contacts:
                     self.loop.call_later(REFUSED_DELAY, self._keep_contacts)

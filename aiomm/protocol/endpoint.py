@@ -28,6 +28,8 @@ IGNORED = (
 """The kinds of packets and frames that are counted instead of obeyed."""
 MAX_REFUSED_PATHS = 1024
 MAX_ENDED_LIVES = 4096
+FORGOTTEN = "it was lost, and forgotten here to make room for others: max_peers"
+"""The end of a life that may go on: it comes in again with a new endpoint."""
 MIN_DEADLINES = 1024
 ANSWERS_EACH = 2
 """To one peer and about one request, in one turn of the loop: granted, and over."""
@@ -70,8 +72,8 @@ class Endpoint(ABC):
         """First contacts that wait for the peer's Hello."""
         self._contacts_at = NEVER
         """When to look at them, at the latest."""
-        self._ended: dict[int, None] = {}
-        """Lives that are over: a late packet must not begin them again. Oldest first."""
+        self._ended: dict[int, str] = {}
+        """Lives that are over, and why: a late packet must not begin them again. Oldest first."""
         self._refused: set[Path] = set()
         self._commands: deque[Command] = deque()
         self._of_peer: defaultdict[int, set[int]] = defaultdict(set)
@@ -150,6 +152,11 @@ class Endpoint(ABC):
     def has_ended(self, life: int) -> bool:
         """Whether that life of a peer is over for good."""
         return life in self._ended
+
+    def why_void(self, life: int, issuer: str) -> Failure:
+        """Say why a ticket of a life that is over, `issuer`, is void."""
+        message = f"the ticket is void: its {issuer} is gone: {self._ended[life]}"
+        return Failure(Reason.PEER_LOST, message)
 
     def leads_somewhere(self, path: Path) -> bool:
         """Whether somebody is at `path`, or is said Hello to."""
@@ -457,7 +464,7 @@ class Endpoint(ABC):
 
     def _part(self, peer: int, failure: Failure, now: float) -> None:
         """The peer is gone for good, and nothing of it can write any more."""
-        self._ended[peer] = None
+        self._ended[peer] = failure.message
         if len(self._ended) > MAX_ENDED_LIVES:
             del self._ended[next(iter(self._ended))]
         session = self.sessions.pop(peer, None)
@@ -472,6 +479,6 @@ class Endpoint(ABC):
         """Forget a peer that is lost and has nothing to settle; False if there is none."""
         for peer, session in self.sessions.items():
             if session.is_lost and not self._of_peer.get(peer):
-                self._part(peer, Failure(Reason.BUSY, "forgotten in favour of new peers"), now)
+                self._part(peer, Failure(Reason.BUSY, FORGOTTEN), now)
                 return True
         return False

@@ -186,8 +186,8 @@ class ReceiveEndpoint(Endpoint):
         self._redeemed[request_id].add(request.transfer.number)
         self._unasked[request.transfer.number] = request
         if self.has_ended(life):
-            gone = Failure(Reason.PEER_LOST, "the ticket is void: its sender is gone")
-            self._feed(request.transfer.number, events.Failed(gone), now)
+            void = self.why_void(life, "sender")
+            self._feed(request.transfer.number, events.Failed(void), now)
         elif session is not None:
             self._ask(request, session, now)
         elif path is not None:

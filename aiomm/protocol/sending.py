@@ -139,8 +139,8 @@ class SendEndpoint(Endpoint):
             self._apply(opened, opened.transfer.handle(ready, now))
         self._waiting[opened.transfer.id.generation] = opened
         if self.has_ended(life):
-            gone = Failure(Reason.PEER_LOST, "the ticket is void: its receiver is gone")
-            self._feed(opened.transfer.id.generation, events.Failed(gone), now)
+            void = self.why_void(life, "receiver")
+            self._feed(opened.transfer.id.generation, events.Failed(void), now)
         elif opened.is_unaddressed:
             self._find_receiver(opened, now)
         else:

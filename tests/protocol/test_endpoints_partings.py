@@ -143,6 +143,9 @@ class TestTurnedAway:
         pair.meet()
         assert list(receiver.sessions) == [pair.sender.epoch]
         assert [part.proven for part in pair.receiver.parted] == [False, True]
+        number = pair.redeem(life=old.epoch)
+        pair.wait()
+        assert message(pair.receiver, number).endswith("to make room for others: max_peers")
         first = old.endpoint.open("x", timeout=9.0, now=pair.now, path=old.path_to("receiver"))
         old.pump()
         pair.wait()
