@@ -100,15 +100,7 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
         self.endpoint = ReceiveEndpoint(
             new_epoch(),
             schema,
-            Hello(
-                "receiver",
-                name,
-                specs_of(schema),
-                pool_tokens=self.layout.num_tokens,
-                pool_device=device,
-                num_probes=self.layout.num_probes,
-                takes_any=takes_any,
-            ),
+            _hello(name, self.layout, device, takes_any=takes_any),
             plane_offers=self._exports.offers,
             default_tokens=settings.default_blocks * settings.block_size,
             default_timeout=settings.timeout,
@@ -530,6 +522,18 @@ class ReceiveDriver(Driver[ReceiveEndpoint]):
             self.pool.fill(allocation)
             kept.append(allocation)
         return tuple(kept)
+
+
+def _hello(name: str, layout: Layout, device: str, *, takes_any: bool) -> Hello:
+    return Hello(
+        "receiver",
+        name,
+        specs_of(layout.schema),
+        pool_tokens=layout.num_tokens,
+        pool_device=device,
+        num_probes=layout.num_probes,
+        takes_any=takes_any,
+    )
 
 
 def _queue_over(pool: BlockPool, max_waiting: int, num_fields: int) -> ReservationQueue:
