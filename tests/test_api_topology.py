@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ async def test_every_control_channel(control: str) -> None:
 async def test_a_receiver_that_takes_anything_asks_for_some_of_it(order: str) -> None:
     """What is sent to nobody in particular may come on both grounds; it is one transfer."""
     async with Sender(SCHEMA, bind=ANYWHERE) as sender:
-        address = sender.address or ""
+        address, driver = sender.address or "", sender._driver
         async with Receiver(SCHEMA, connect=address, **SMALL_POOL) as receiver:
             for name in (f"r{index}" for index in range(20)):
                 if order == "sent first":
@@ -139,9 +140,23 @@ async def test_a_receiver_that_takes_anything_asks_for_some_of_it(order: str) ->
                     continue
                 take = asyncio.ensure_future(take_from(receiver, name, address))
                 if order == "asked first":
-                    await asyncio.sleep(0.01)
+                    await until(partial(len, driver.endpoint._wanted), driver, "packets_received")
                 await asyncio.gather(sender.send(name, tensors_of(3)), take)
             assert_idle(receiver, sender)
+
+
+async def test_what_was_sent_to_anybody_and_cannot_be_taken_ends_the_question_too() -> None:
+    """Nobody else will bring it: the one who asked learns it at once, not at his deadline."""
+    async with Sender(SCHEMA, bind=ANYWHERE) as sender:
+        address = sender.address or ""
+        async with Receiver(SCHEMA, connect=address, max_tokens=50, **SMALL_POOL) as receiver:
+            await asyncio.gather(take_from(receiver, "a", address), sender.send("a", tensors_of(3)))
+            asking = asyncio.ensure_future(take_from(receiver, "b", address))
+            sending = asyncio.ensure_future(sender.send("b", tensors_of(60)))
+            for each in (asking, sending):
+                error = await error_of(each)
+                assert isinstance(error, Rejected)
+                assert "at most 50" in error.message
 
 
 async def take_from(receiver: Receiver, request_id: str, source: str) -> None:

@@ -477,7 +477,7 @@ class ReceiveEndpoint(Endpoint):
         if failure is not None:
             message = frames.clipped(failure.message)
             session.answer(frames.Abort(transfer, failure.reason, message, False))
-            if request is not None and (offer.key or offer.redemption):
+            if request is not None and (offer.key or request.redeem_key is not None):
                 # Nobody else will bring it: fail it now, not at its deadline.
                 self._feed(request.transfer.number, events.Failed(failure), now)
         else:
