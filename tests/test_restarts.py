@@ -25,6 +25,7 @@ from .support import (
     frozen_imports,  # noqa: F401
     same,
     tensors_of,
+    until,
 )
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -110,16 +111,14 @@ async def test_a_foreign_program_that_held_the_port_for_a_while() -> None:
     """It greets first, which ZeroMQ takes for a peer's; a standing contact is made again."""
 
     async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"SSH-2.0-OpenSSH_9.2p1\r\n")
+        writer.write(b"\x01\x00\x06\x00hello")  # an empty message and one of five bytes
         writer.close()
-        is_greeted.set()
 
-    is_greeted = asyncio.Event()
     foreign = await asyncio.start_server(greet, "127.0.0.1", 0)
     address = f"tcp://127.0.0.1:{foreign.sockets[0].getsockname()[1]}"
     async with Receiver(SCHEMA, connect=address, **SMALL_POOL) as receiver:
-        await is_greeted.wait()
-        await asyncio.sleep(0.1)
+        driver = receiver._driver
+        await until(lambda: driver._complained, driver, "complain")
         foreign.close()
         async with Sender(SCHEMA, bind=address) as sender:
             sending = sender.send("request", tensors_of(10), timeout=10)
